@@ -1,0 +1,82 @@
+"""The loop: telemetry in, decision out, for any number of engines."""
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from controller.guard import Guard
+from controller.journal import JournalRow
+from engine.protocol import VERSION, Knobs, Telemetry
+
+logger = logging.getLogger(__name__)
+
+FORGET_S = 60.0
+
+
+class Wire(Protocol):
+    """What the controller needs of a link."""
+
+    def receive(self, timeout_s: float) -> list[Telemetry]: ...
+
+    def send(self, knobs: Knobs) -> bool: ...
+
+
+class Record(Protocol):
+    """What the controller needs of a journal."""
+
+    def record(self, row: JournalRow) -> None: ...
+
+
+class Controller:
+    """Answers every telemetry message of every engine; each engine has a guard, and so a law's state, of its own.
+
+    `make_guard` is called at the first telemetry of an engine. An engine that restarts comes with a new id, and is
+    adopted like any other. `clock` gives monotonic nanoseconds.
+    """
+
+    def __init__(
+        self,
+        wire: Wire,
+        policy_name: str,
+        make_guard: Callable[[], Guard],
+        journal: Record | None,
+        clock: Callable[[], int],
+    ) -> None:
+        self._wire = wire
+        self._policy_name = policy_name
+        self._make_guard = make_guard
+        self._journal = journal
+        self._clock = clock
+        self._guards: dict[str, Guard] = {}
+        self._sequence: dict[str, int] = {}
+        self._heard_ns: dict[str, int] = {}
+
+    def tick(self, timeout_s: float) -> int:
+        """Answer what has arrived, waiting up to `timeout_s` for the first; returns how many were answered."""
+        messages = self._wire.receive(timeout_s)
+        for telemetry in messages:
+            now_ns = self._clock()
+            decision = self._guard(telemetry, now_ns).decide(telemetry, now_ns)
+            knobs, delivered = None, False
+            if decision is not None:
+                knobs = Knobs(VERSION, telemetry.engine_id, self._next(telemetry), telemetry.iteration, *decision)
+                delivered = self._wire.send(knobs)
+            if self._journal is not None:
+                self._journal.record(JournalRow(self._policy_name, now_ns, delivered, knobs, telemetry))
+        return len(messages)
+
+    def _guard(self, telemetry: Telemetry, now_ns: int) -> Guard:
+        engine_id = telemetry.engine_id
+        if engine_id not in self._guards:
+            for gone in [e for e, heard in self._heard_ns.items() if now_ns - heard > FORGET_S * 1e9]:
+                del self._guards[gone], self._sequence[gone], self._heard_ns[gone]
+            logger.info("%s: adopted at %d tokens by %s", engine_id, telemetry.knobs.budget_tokens, self._policy_name)
+            self._guards[engine_id] = self._make_guard()
+        self._heard_ns[engine_id] = now_ns
+        return self._guards[engine_id]
+
+    def _next(self, telemetry: Telemetry) -> int:
+        """Go on from the echo: another controller may have been here before."""
+        sequence = max(self._sequence.get(telemetry.engine_id, 0), telemetry.knobs.sequence) + 1
+        self._sequence[telemetry.engine_id] = sequence
+        return sequence

@@ -1,0 +1,94 @@
+"""What is fixed when an engine starts. Everything here is a capacity or a choice that the knobs never exceed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine.protocol import Bounds
+
+ScheduleName = Literal["stall-free", "prefill-first", "orca", "request-level", "chunks-only"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Start-up choices of one engine.
+
+    The budget and chunk are the fallback knobs: in force until a controller answers, and again when it has been silent
+    for `knobs_ttl_s`. Raises ValueError with the value and the remedy.
+    """
+
+    name: str = "pacer"
+    schedule: ScheduleName = "stall-free"
+    budget_tokens: int = 256
+    chunk_tokens: int = 256
+    max_budget_tokens: int = 2048
+    min_budget_tokens: int = 16
+    tile_tokens: int = 16
+    max_requests: int = 64
+    max_model_tokens: int = 2048
+    block_tokens: int = 16
+    kv_blocks: int = 4096
+    prefix_caching: bool = False
+    knobs_ttl_s: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in (
+            "max_requests",
+            "max_model_tokens",
+            "block_tokens",
+            "kv_blocks",
+            "tile_tokens",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 1 <= self.min_budget_tokens <= self.max_budget_tokens:
+            raise ValueError(
+                f"min_budget_tokens {self.min_budget_tokens} must be between 1 and max_budget_tokens "
+                f"{self.max_budget_tokens}"
+            )
+        for name in ("budget_tokens", "chunk_tokens"):
+            if not self.min_budget_tokens <= getattr(self, name) <= self.max_budget_tokens:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} is outside {self.min_budget_tokens}..{self.max_budget_tokens}: "
+                    "change it, or the launch bounds"
+                )
+        if self.max_requests > self.max_budget_tokens:
+            raise ValueError(
+                f"max_requests {self.max_requests} decodes would not fit max_budget_tokens {self.max_budget_tokens}: "
+                "raise the budget bound or lower max_requests"
+            )
+        if self.kv_blocks * self.block_tokens < self.max_model_tokens:
+            raise ValueError(
+                f"{self.kv_blocks} KV blocks of {self.block_tokens} tokens cannot hold one request of "
+                f"{self.max_model_tokens} tokens: raise kv_blocks or lower max_model_tokens"
+            )
+        if self.schedule not in ("stall-free", "chunks-only") and self.max_budget_tokens < self.max_model_tokens:
+            raise ValueError(
+                f"schedule {self.schedule!r} runs whole prompts, but max_budget_tokens {self.max_budget_tokens} is "
+                f"below max_model_tokens {self.max_model_tokens}: raise the one or lower the other"
+            )
+        if self.knobs_ttl_s <= 0:
+            raise ValueError(f"knobs_ttl_s is {self.knobs_ttl_s}; it must be positive")
+
+    @property
+    def bounds(self) -> Bounds:
+        return Bounds(self.min_budget_tokens, self.max_budget_tokens, self.tile_tokens)
+
+    @property
+    def max_blocks_per_request(self) -> int:
+        return -(-self.max_model_tokens // self.block_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Which model: a Hugging Face folder, or None for the built-in 26M Llama with random weights.
+
+    `load_format` is "auto" (the folder's safetensors) or "dummy" (random weights from the engine's seed). `threads`
+    are the CPU threads of the computation.
+    """
+
+    folder: Path | None = None
+    load_format: str = "auto"
+    dtype: str = "float32"
+    threads: int = 1

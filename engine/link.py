@@ -1,0 +1,246 @@
+"""The sockets of the wire: telemetry PUB, knobs PUSH/PULL, and where they are.
+
+The engine binds, the controller connects, and ZeroMQ reconnects by itself, so that either may start first, die and
+come back. ipc in a directory of mode 0700 by default; tcp only with CURVE keys.
+"""
+
+import logging
+import os
+import stat
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import zmq
+import zmq.auth
+from zmq.auth.thread import ThreadAuthenticator
+
+from engine.protocol import Bounds, Knobs, Rejected, Telemetry, decode_knobs, decode_telemetry, encode
+
+logger = logging.getLogger(__name__)
+
+MAX_IPC_PATH = 100  # the kernel's limit for a socket path is 107 bytes
+MAX_KNOBS_A_STEP = 64  # a flood of messages must not hold up an iteration
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """ZeroMQ addresses of one engine: two for its controller, two for its HTTP server."""
+
+    telemetry: str
+    knobs: str
+    requests: str
+    outputs: str
+
+    @classmethod
+    def ipc(cls, directory: Path, name: str) -> "Endpoints":
+        """Sockets of the engine `name` in `directory`, which is made with mode 0700.
+
+        Raises ValueError if the path is too long for a socket, or if others could get into the directory.
+        """
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = directory.stat()
+        if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+            raise ValueError(f"{directory} is open to other users: chmod 700 it, or choose another with --socket-dir")
+        base = f"{directory}/{name}"
+        if len(base) > MAX_IPC_PATH - len(".telemetry"):
+            raise ValueError(f"socket path {base!r} is too long for the kernel: choose a shorter --socket-dir")
+        return cls(*(f"ipc://{base}.{socket}" for socket in ("telemetry", "knobs", "requests", "outputs")))
+
+
+@dataclass(frozen=True, slots=True)
+class CurveKeys:
+    """CURVE certificates: this side's own pair and the other side's public key, as `zmq.auth` writes them."""
+
+    public: bytes
+    secret: bytes
+    peer_public: bytes
+
+    @classmethod
+    def load(cls, own_secret_file: Path, peer_public_file: Path) -> "CurveKeys":
+        """Raises ValueError naming the file that holds no usable key."""
+        try:
+            public, secret = zmq.auth.load_certificate(own_secret_file)
+            peer_public, _ = zmq.auth.load_certificate(peer_public_file)
+        except OSError as error:
+            raise ValueError(f"CURVE key: {error}") from error
+        if secret is None:
+            raise ValueError(f"{own_secret_file} holds no secret key: give the .key_secret file")
+        return cls(public, secret, peer_public)
+
+
+class Link(Protocol):
+    """What an engine core needs of the wire; sockets for a live engine, memory for a simulated one."""
+
+    rejected: int  # messages that changed nothing, since start
+
+    def publish(self, telemetry: Telemetry) -> None: ...
+
+    def poll(self) -> Knobs | None: ...
+
+
+class EngineLink:
+    """The engine's end: binds both sockets, never waits for anyone."""
+
+    def __init__(
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        endpoints: Endpoints,
+        engine_id: str,
+        bounds: Bounds,
+        keys: CurveKeys | None = None,
+    ) -> None:
+        self.rejected = 0
+        self.rejections: Counter[str] = Counter()  # by kind
+        self._engine_id = engine_id
+        self._bounds = bounds
+        self._sequence = 0
+        self._doorkeeper = _admit_only(context, keys.peer_public) if keys else None
+        self._telemetry = context.socket(zmq.PUB)
+        self._knobs = context.socket(zmq.PULL)
+        for socket, address in ((self._telemetry, endpoints.telemetry), (self._knobs, endpoints.knobs)):
+            _secure(socket, address, keys, server=True)
+            socket.linger = 0
+            socket.bind(address)
+
+    def publish(self, telemetry: Telemetry) -> None:
+        """Send and forget: a subscriber that cannot follow loses messages, the engine loses no time."""
+        self._telemetry.send(encode(telemetry), zmq.NOBLOCK, copy=True)
+
+    def poll(self) -> Knobs | None:
+        """The newest valid knobs since the last call, or None. What is invalid is counted, logged and ignored."""
+        newest = None
+        for _ in range(MAX_KNOBS_A_STEP):
+            if not _readable(self._knobs):
+                break
+            try:
+                newest = self._accept(self._knobs.recv(zmq.NOBLOCK))
+            except Rejected as error:
+                self._reject(error)
+        return newest
+
+    def _accept(self, data: bytes) -> Knobs:
+        knobs = decode_knobs(data, self._engine_id, self._bounds)
+        if knobs.sequence <= self._sequence:
+            raise Rejected("order", f"knobs number {knobs.sequence} after number {self._sequence}")
+        self._sequence = knobs.sequence
+        return knobs
+
+    def _reject(self, error: Rejected) -> None:
+        self.rejected += 1
+        self.rejections[error.kind] += 1
+        # Powers of two only: a misbehaving peer must not fill the disk.
+        count = self.rejections[error.kind]
+        if count & (count - 1) == 0:
+            logger.warning("rejected knobs (%s, %d so far): %s", error.kind, count, error)
+
+    def close(self) -> None:
+        self._telemetry.close()
+        self._knobs.close()
+        if self._doorkeeper is not None:
+            self._doorkeeper.stop()
+
+
+class ControllerLink:
+    """The controller's end: connects to any number of engines, answers each on its own socket."""
+
+    def __init__(
+        self,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        engines: list[Endpoints],
+        keys: CurveKeys | None = None,
+    ) -> None:
+        self.rejected = 0
+        self._poller = zmq.Poller()
+        self._knobs: dict[zmq.Socket[bytes], zmq.Socket[bytes]] = {}
+        self._route: dict[str, zmq.Socket[bytes]] = {}
+        for endpoints in engines:
+            telemetry, knobs = context.socket(zmq.SUB), context.socket(zmq.PUSH)
+            telemetry.subscribe(b"")
+            # Nothing is queued for an engine that is away: it would answer for iterations long gone.
+            knobs.immediate = True
+            for socket, address in ((telemetry, endpoints.telemetry), (knobs, endpoints.knobs)):
+                _secure(socket, address, keys, server=False)
+                socket.linger = 0
+                socket.reconnect_ivl = 50
+                socket.reconnect_ivl_max = 500
+                socket.connect(address)
+            self._poller.register(telemetry, zmq.POLLIN)
+            self._knobs[telemetry] = knobs
+
+    def receive(self, timeout_s: float) -> list[Telemetry]:
+        """Telemetry that has arrived, oldest first; waits up to `timeout_s` for the first."""
+        messages = []
+        for socket, _ in self._poller.poll(int(timeout_s * 1000)):
+            while _readable(socket):
+                data = socket.recv(zmq.NOBLOCK)
+                try:
+                    telemetry = decode_telemetry(data)
+                except Rejected as error:
+                    self.rejected += 1
+                    if self.rejected & (self.rejected - 1) == 0:
+                        logger.warning("rejected telemetry (%d so far): %s", self.rejected, error)
+                    continue
+                self._route[telemetry.engine_id] = self._knobs[socket]
+                messages.append(telemetry)
+        return messages
+
+    def send(self, knobs: Knobs) -> bool:
+        """Send without waiting; False if the engine is away or does not read."""
+        try:
+            self._route[knobs.engine_id].send(encode(knobs), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def close(self) -> None:
+        for telemetry, knobs in self._knobs.items():
+            telemetry.close()
+            knobs.close()
+
+
+def _readable(socket: "zmq.Socket[bytes]") -> bool:
+    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+
+
+def _admit_only(context: "zmq.Context[zmq.Socket[bytes]]", public_key: bytes) -> ThreadAuthenticator:
+    """Without an authenticator CURVE encrypts, but lets in anyone who knows the engine's public key."""
+
+    class OnePeer:
+        def callback(self, domain: str, key: bytes) -> bool:
+            return key == public_key
+
+    authenticator = ThreadAuthenticator(context)
+    authenticator.start()
+    authenticator.configure_curve_callback("*", OnePeer())
+    return authenticator
+
+
+def _secure(socket: "zmq.Socket[bytes]", address: str, keys: CurveKeys | None, *, server: bool) -> None:
+    if not address.startswith("tcp://"):
+        return
+    if keys is None:
+        raise ValueError(f"{address} is open to the network: give CURVE keys (--curve-key, --curve-peer), or use ipc")
+    socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
+    if server:
+        socket.curve_server = True
+        socket.zap_domain = b"pacer"
+    else:
+        socket.curve_serverkey = keys.peer_public
+
+
+class MemoryLink:
+    """A link without sockets: what is published lands in `published`, what is put in `inbox` is polled once."""
+
+    def __init__(self) -> None:
+        self.rejected = 0
+        self.published: list[Telemetry] = []
+        self.inbox: Knobs | None = None
+
+    def publish(self, telemetry: Telemetry) -> None:
+        self.published.append(telemetry)
+
+    def poll(self) -> Knobs | None:
+        newest, self.inbox = self.inbox, None
+        return newest

@@ -1,0 +1,121 @@
+"""The engine's process: sockets around the core, and nothing else that could hold up a step."""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import msgspec
+import zmq
+
+from engine.config import EngineConfig, ModelSource
+from engine.core import EngineCore, Runner
+from engine.link import CurveKeys, Endpoints, EngineLink, MemoryLink
+from engine.request import Abort, FinishReason, SamplingParams, Submit, ToEngine, TokenOutput
+from engine.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+
+class RequestGate:
+    """The engine's sockets to the HTTP server: requests in, tokens out, neither ever waited for by a step."""
+
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoints: Endpoints) -> None:
+        self._requests = context.socket(zmq.PULL)
+        self._outputs = context.socket(zmq.PUSH)
+        self._outputs.sndhwm = 0  # tokens of a slow server wait in memory, not in the step
+        for socket, address in ((self._requests, endpoints.requests), (self._outputs, endpoints.outputs)):
+            socket.linger = 0
+            socket.bind(address)
+        self._poller = zmq.Poller()
+        self._poller.register(self._requests, zmq.POLLIN)
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def wake_on(self, file_descriptor: int) -> None:
+        """Make `receive` return when this becomes readable, too."""
+        self._poller.register(file_descriptor, zmq.POLLIN)
+
+    def receive(self, scheduler: Scheduler, clock: Callable[[], int], timeout_s: float) -> None:
+        """Hand over what has arrived; with a timeout, wait for the first message."""
+        if timeout_s > 0:
+            self._poller.poll(int(timeout_s * 1000))
+        while True:
+            try:
+                message = self._decoder.decode(self._requests.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            except msgspec.MsgspecError as error:
+                logger.warning("ignored a message on the request socket: %s", error)
+                continue
+            if isinstance(message, Abort):
+                scheduler.abort(message)
+                continue
+            try:
+                scheduler.submit(message, clock())
+            except ValueError as error:
+                logger.warning("refused: %s", error)
+                self.send([TokenOutput(message.request_id, -1, FinishReason.ABORT)])
+
+    def send(self, tokens: list[TokenOutput]) -> None:
+        # Without a server to take them, tokens have no reader: its requests died with it.
+        with contextlib.suppress(zmq.Again):
+            self._outputs.send(self._encoder.encode(tokens), zmq.NOBLOCK)
+
+
+def run_loop(core: EngineCore, gate: RequestGate, clock: Callable[[], int], heartbeat_s: float) -> None:
+    """Serve until SIGTERM, or until the parent process is gone."""
+    stopping = []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process in order
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        gate.wake_on(parent.sentinel)
+    while not stopping and (parent is None or os.getppid() == parent.pid):
+        if core.scheduler.has_work:
+            gate.receive(core.scheduler, clock, 0)
+            gate.send(core.step())
+        else:
+            core.idle()
+            gate.receive(core.scheduler, clock, heartbeat_s)
+
+
+def main(
+    config: EngineConfig,
+    source: ModelSource,
+    endpoints: Endpoints,
+    keys: CurveKeys | None,
+    ready: Connection,
+    clock: Callable[[], int],
+) -> None:
+    """Entry point of the process. Sends "" on `ready` when it serves, or the reason why it cannot."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
+    try:
+        # Imported here: the parent is the HTTP server, which needs no torch.
+        from engine.model_runner import load_runner  # noqa: PLC0415
+
+        runner: Runner = load_runner(source, config, clock)
+        _warm_up(config, runner, clock)
+        engine_id = f"{config.name}-{clock():x}"  # the clock has moved on since any earlier start
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        link = EngineLink(context, endpoints, engine_id, config.bounds, keys)
+        gate = RequestGate(context, endpoints)
+    except (ValueError, OSError, zmq.ZMQError) as error:
+        ready.send(str(error))
+        return
+    core = EngineCore(engine_id, config, Scheduler(config), runner, link, clock)
+    ready.send("")
+    run_loop(core, gate, clock, config.knobs_ttl_s / 4)
+    link.close()
+
+
+def _warm_up(config: EngineConfig, runner: Runner, clock: Callable[[], int]) -> None:
+    """Compile and allocate before the first request, by serving one of our own outside the telemetry."""
+    core = EngineCore("warm-up", config, Scheduler(config), runner, MemoryLink(), clock)
+    prompt_tokens = max(1, min(64, config.max_model_tokens - 4))
+    core.scheduler.submit(Submit("warm-up", [0] * prompt_tokens, SamplingParams(max_tokens=3)), clock())
+    while core.scheduler.has_work:
+        core.step()

@@ -1,0 +1,189 @@
+"""The wire between an engine and its controller: what is measured, what may be set.
+
+Telemetry goes out once per iteration, when batch N is launched: it describes batch N, and carries the measurements of
+every iteration that completed since the message before. Knobs come back: absolute, whole, newest wins. Both are
+msgspec structs in MessagePack, self-describing maps, so that any language can read them.
+
+Times are nanoseconds of the engine host's monotonic clock; durations are seconds (`_s`).
+"""
+
+from typing import Literal, TypeVar
+
+import msgspec
+
+VERSION = 1
+
+M = TypeVar("M")
+
+
+class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the knobs may be, fixed at launch (buffers are sized by `max_budget_tokens`)."""
+
+    min_budget_tokens: int
+    max_budget_tokens: int
+    tile_tokens: int  # GEMM tile: knobs above one tile are cut down to whole tiles
+
+
+class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The controller's decision: absolute and whole, so a lost message costs one iteration and nothing more.
+
+    `sequence` grows with every decision about an engine (a new controller goes on from the echo in telemetry);
+    `iteration` is the one whose telemetry this answers. The chunk is the most prefill tokens one request gets.
+    """
+
+    version: int
+    engine_id: str
+    sequence: int
+    iteration: int
+    budget_tokens: int
+    chunk_tokens: int
+    reason: str = ""
+
+
+class InForce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The knobs an iteration ran under; `sequence` and `iteration` echo the decision, which acknowledges it.
+
+    `source` is "fallback" (the engine's own static knobs, sequence and iteration of the last decision kept) when no
+    decision arrived within the time to live.
+    """
+
+    budget_tokens: int
+    chunk_tokens: int
+    sequence: int
+    iteration: int
+    source: Literal["controller", "fallback"]
+
+
+class BatchComposition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one iteration computes.
+
+    `prefill_attention_tokens2` is W = sum of c * (L + c/2) over the prefill chunks c at context L: the query-key pairs
+    that the chunks attend to. `padding_tokens` are computed and thrown away (CUDA graph sizes).
+    """
+
+    decode_tokens: int = 0
+    decode_context_tokens: int = 0
+    prefill_requests: int = 0
+    prefill_tokens: int = 0
+    prefill_chunk_tokens: tuple[int, ...] = ()
+    prefill_context_tokens: tuple[int, ...] = ()
+    prefill_attention_tokens2: float = 0.0
+    padding_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self.decode_tokens + self.prefill_tokens
+
+
+class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Who waits after the batch was formed.
+
+    The head prefill is the first request with prompt left to compute: the oldest running one, else the head of the
+    waiting queue.
+    """
+
+    running_requests: int = 0
+    waiting_requests: int = 0
+    waiting_prompt_tokens: int = 0
+    oldest_wait_s: float = 0.0
+    head_remaining_tokens: int = 0
+    head_context_tokens: int = 0
+
+
+class StageTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One pipeline stage in one iteration; a bubble is idle time while there is work."""
+
+    busy_s: float
+    bubble_s: float
+    microbatches_in_flight: int
+
+
+class Completion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The measurements of an iteration that has ended.
+
+    `tbt_s` has one entry for every output token that is not its request's first, `ttft_s` one for every first token.
+    """
+
+    iteration: int
+    scheduled_ns: int
+    completed_ns: int
+    device_s: float
+    tbt_s: tuple[float, ...]
+    ttft_s: tuple[float, ...]
+    stages: tuple[StageTimes, ...]
+
+
+class Telemetry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One message per iteration, at launch; an idle engine repeats its last iteration number with an empty batch.
+
+    `engine_id` is new at every start of an engine. `dead_time_iterations` is how many iterations pass between the one
+    whose launch this reports and the first that the answer can act on. `preemptions` and `rejected_knobs` count
+    since start. `kv_usage` is the used share of the KV blocks, 0 to 1.
+    """
+
+    version: int
+    engine_id: str
+    iteration: int
+    scheduled_ns: int
+    schedule: str
+    dead_time_iterations: int
+    knobs: InForce
+    bounds: Bounds
+    batch: BatchComposition
+    queue: QueueState
+    kv_usage: float
+    preemptions: int
+    rejected_knobs: int
+    completed: tuple[Completion, ...] = ()
+
+
+class Rejected(ValueError):
+    """A message that must change nothing; `kind` is its counter: garbage, version, engine, bounds or order."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class _Versioned(msgspec.Struct):
+    version: int
+
+
+_encoder = msgspec.msgpack.Encoder()
+_version_decoder = msgspec.msgpack.Decoder(_Versioned)
+_knobs_decoder = msgspec.msgpack.Decoder(Knobs)
+_telemetry_decoder = msgspec.msgpack.Decoder(Telemetry)
+
+
+def encode(message: Knobs | Telemetry) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_telemetry(data: bytes) -> Telemetry:
+    """Raises Rejected on garbage, unknown fields or another version."""
+    return _decode(_telemetry_decoder, data)
+
+
+def decode_knobs(data: bytes, engine_id: str, bounds: Bounds) -> Knobs:
+    """Raises Rejected on garbage, NaN, unknown fields, another version, another engine or values out of bounds."""
+    knobs = _decode(_knobs_decoder, data)
+    if knobs.engine_id != engine_id:
+        raise Rejected("engine", f"knobs for engine {knobs.engine_id!r} reached {engine_id!r}")
+    low, high = bounds.min_budget_tokens, bounds.max_budget_tokens
+    for name, value in (
+        ("budget_tokens", knobs.budget_tokens),
+        ("chunk_tokens", knobs.chunk_tokens),
+    ):
+        if not low <= value <= high:
+            raise Rejected("bounds", f"{name} {value} is outside the launch bounds {low}..{high}")
+    return knobs
+
+
+def _decode(decoder: "msgspec.msgpack.Decoder[M]", data: bytes) -> M:
+    try:
+        version = _version_decoder.decode(data).version
+        if version != VERSION:
+            raise Rejected("version", f"protocol version {version}, this side speaks {VERSION}")
+        return decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        raise Rejected("garbage", f"not a message of this protocol: {error}") from error

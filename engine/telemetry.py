@@ -1,0 +1,89 @@
+"""Composes telemetry: what a batch is made of, and the measurements of the iterations that have ended."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from engine.config import EngineConfig
+from engine.link import Link
+from engine.protocol import VERSION, BatchComposition, Completion, InForce, Telemetry
+from engine.request import Batch, StepResult
+from engine.scheduler import Scheduler, StepOutput
+
+DEAD_TIME_ITERATIONS = 1  # a decision about iteration N is in force in N+1
+
+
+class Reporter:
+    """Publishes one message per iteration, and one when the engine goes idle."""
+
+    def __init__(
+        self, engine_id: str, config: EngineConfig, scheduler: Scheduler, link: Link, clock: Callable[[], int]
+    ) -> None:
+        self.iteration = 0
+        self._engine_id = engine_id
+        self._config = config
+        self._bounds = config.bounds
+        self._scheduler = scheduler
+        self._link = link
+        self._clock = clock
+        self._completed: list[Completion] = []
+        self._scheduled_ns = 0
+
+    def launched(self, batch: Batch, knobs: InForce) -> None:
+        """Report iteration N while the device works on it, so that the answer is there when N+1 is formed."""
+        self.iteration += 1
+        self._scheduled_ns = self._clock()
+        self._publish(compose(batch), knobs)
+
+    def completed(self, result: StepResult, output: StepOutput, completed_ns: int) -> None:
+        """Keep the measurements of the iteration launched last for the next message."""
+        self._completed.append(
+            Completion(
+                self.iteration,
+                self._scheduled_ns,
+                completed_ns,
+                result.device_s,
+                output.tbt_s,
+                output.ttft_s,
+                result.stages,
+            )
+        )
+
+    def idle(self, knobs: InForce) -> None:
+        """Report an empty batch: the last measurements get out, and a controller keeps in touch."""
+        self._scheduled_ns = self._clock()
+        self._publish(BatchComposition(), knobs)
+
+    def _publish(self, batch: BatchComposition, knobs: InForce) -> None:
+        telemetry = Telemetry(
+            version=VERSION,
+            engine_id=self._engine_id,
+            iteration=self.iteration,
+            scheduled_ns=self._scheduled_ns,
+            schedule=self._config.schedule,
+            dead_time_iterations=DEAD_TIME_ITERATIONS,
+            knobs=knobs,
+            bounds=self._bounds,
+            batch=batch,
+            queue=self._scheduler.queue_state(self._scheduled_ns),
+            kv_usage=self._scheduler.blocks.usage,
+            preemptions=self._scheduler.preemptions,
+            rejected_knobs=self._link.rejected,
+            completed=tuple(self._completed),
+        )
+        self._completed.clear()
+        self._link.publish(telemetry)
+
+
+def compose(batch: Batch) -> BatchComposition:
+    """The composition of a batch as the wire tells it."""
+    chunks, contexts = batch.n_tokens[batch.n_decodes :], batch.context[batch.n_decodes :]
+    return BatchComposition(
+        decode_tokens=batch.n_decodes,
+        decode_context_tokens=int(batch.context[: batch.n_decodes].sum()),
+        prefill_requests=len(chunks),
+        prefill_tokens=int(chunks.sum()),
+        prefill_chunk_tokens=tuple(chunks.tolist()),
+        prefill_context_tokens=tuple(contexts.tolist()),
+        prefill_attention_tokens2=float(np.dot(chunks, contexts + 0.5 * chunks)),
+    )

@@ -1,0 +1,77 @@
+"""PID: hold the windowed P99 TBT at a set point below the SLO."""
+
+import math
+from collections import deque
+
+import numpy as np
+
+from engine.protocol import Telemetry
+from policies.policy import Decision, Iteration, IterationLog
+
+
+class Pid:
+    """Velocity-form PID on the logarithm of the token budget.
+
+        b_i = T_i * r / y_i          the budget at which iteration i (T_i tokens, TBT y_i) would have met r
+        B*  = 1 % quantile of b_i over the window, weighted by decode tokens
+        e   = ln(B* / B)             B the budget sent last; equals ln(r / P99 of the TBTs referred to B)
+        dlnB = kp (e - e') + ki e + kd (e - 2 e' + e'')
+
+    with r = set_point * SLO. Referring each TBT to the budget of now (time proportional to tokens) keeps the window
+    from making the loop chase its own past, and makes the loop gain 1 whatever the machine (Astrom and Hagglund, PID
+    Controllers, 1995, for the velocity form: bumpless, and clamping is anti-windup).
+
+    Only iterations that tell something about the budget enter the window: those with prefill tokens that spent at
+    least half of their budget, or that missed the set point. Without any new one the budget is held.
+    """
+
+    def __init__(
+        self,
+        first: Telemetry,
+        tbt_slo_s: float,
+        set_point: float = 0.9,
+        kp: float = 0.3,
+        ki: float = 0.2,
+        kd: float = 0.0,
+        window: int = 128,
+    ) -> None:
+        self._reference_s = set_point * tbt_slo_s
+        self._kp, self._ki, self._kd = kp, ki, kd
+        self._log = IterationLog()
+        self._window: deque[tuple[float, int]] = deque(maxlen=window)  # (ln b_i, decode tokens)
+        self._log_budget = math.log(first.knobs.budget_tokens)
+        self._errors: tuple[float, float] | None = None  # e', e''
+
+    def decide(self, telemetry: Telemetry) -> Decision:
+        news = [it for it in self._log.completed(telemetry) if self._tells(it)]
+        if not news:
+            return self._decision("hold: no batch spent the budget")
+        for batch, _, measured in news:
+            tbt_s = max(measured.tbt_s)
+            allowed = math.log(batch.total_tokens * self._reference_s / tbt_s)
+            self._window.append((allowed, len(measured.tbt_s)))
+        error = self._quantile() - self._log_budget
+        last, before = self._errors or (error, error)
+        self._log_budget += self._kp * (error - last) + self._ki * error + self._kd * (error - 2.0 * last + before)
+        self._errors = (error, last)
+        referred_s = self._reference_s * math.exp(-error)
+        return self._decision(f"P99 TBT {referred_s * 1e3:.0f} ms for {self._reference_s * 1e3:.0f}")
+
+    def track(self, sent: Decision) -> None:
+        self._log_budget = math.log(sent.budget_tokens)
+
+    def _tells(self, iteration: Iteration) -> bool:
+        batch, knobs, measured = iteration
+        if not measured.tbt_s or batch.prefill_tokens == 0:
+            return False
+        return batch.total_tokens >= 0.5 * knobs.budget_tokens or max(measured.tbt_s) > self._reference_s
+
+    def _quantile(self) -> float:
+        allowed, weights = np.array(self._window).T
+        order = np.argsort(allowed)
+        reached = np.cumsum(weights[order]) > 0.01 * weights.sum()
+        return float(allowed[order][np.argmax(reached)])
+
+    def _decision(self, reason: str) -> Decision:
+        budget = round(math.exp(self._log_budget))
+        return Decision(budget, budget, f"pid {reason}")

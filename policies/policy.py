@@ -1,0 +1,56 @@
+"""What a law is: telemetry in, decision out; and how one is named on the command line."""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+from engine.protocol import BatchComposition, Completion, InForce, Telemetry
+
+
+class Decision(NamedTuple):
+    """The knobs for the next iteration and, in one line, why."""
+
+    budget_tokens: int
+    chunk_tokens: int
+    reason: str
+
+
+class Policy(Protocol):
+    """A law. Pure: no sockets, no clock, no logging, no randomness; time is what telemetry says.
+
+    It is made from the first telemetry of an engine and starts from the knobs in force, so that taking over is
+    bumpless. `decide` sees every telemetry message of that engine once, in order.
+    """
+
+    def decide(self, telemetry: Telemetry) -> Decision: ...
+
+    def track(self, sent: Decision) -> None:
+        """Go on from what was sent instead: Guard clamped, slewed or overruled it (anti-windup by tracking)."""
+
+
+class Iteration(NamedTuple):
+    """A completed iteration: what it computed, under which knobs, and how long it took."""
+
+    batch: BatchComposition
+    knobs: InForce
+    measured: Completion
+
+
+class IterationLog:
+    """Joins completions with the compositions that were published at their launch."""
+
+    _KEPT = 64  # far more than any pipeline has in flight
+
+    def __init__(self) -> None:
+        self._launched: OrderedDict[int, tuple[BatchComposition, InForce]] = OrderedDict()
+
+    def completed(self, telemetry: Telemetry) -> Iterator[Iteration]:
+        """The iterations that this message completes, of those whose launch was seen."""
+        for completion in telemetry.completed:
+            launched = self._launched.pop(completion.iteration, None)
+            if launched is not None:
+                yield Iteration(*launched, completion)
+        if telemetry.batch.total_tokens > 0:
+            self._launched[telemetry.iteration] = (telemetry.batch, telemetry.knobs)
+            while len(self._launched) > self._KEPT:
+                self._launched.popitem(last=False)
