@@ -7,6 +7,7 @@ from typing import Protocol
 from controller.guard import Guard
 from controller.journal import JournalRow
 from engine.protocol import VERSION, Knobs, Telemetry
+from policies.catalogue import Law
 
 logger = logging.getLogger(__name__)
 
@@ -30,21 +31,19 @@ class Record(Protocol):
 class Controller:
     """Answers every telemetry message of every engine; each engine has a guard, and so a law's state, of its own.
 
-    `make_guard` is called at the first telemetry of an engine. An engine that restarts comes with a new id, and is
-    adopted like any other. `clock` gives monotonic nanoseconds.
+    An engine is adopted at its first telemetry. One that restarts comes with a new id, and is adopted like any other.
+    `clock` gives monotonic nanoseconds.
     """
 
     def __init__(
         self,
         wire: Wire,
-        policy_name: str,
-        make_guard: Callable[[], Guard],
+        law: Law,
         journal: Record | None,
         clock: Callable[[], int],
     ) -> None:
         self._wire = wire
-        self._policy_name = policy_name
-        self._make_guard = make_guard
+        self._law = law
         self._journal = journal
         self._clock = clock
         self._guards: dict[str, Guard] = {}
@@ -62,7 +61,7 @@ class Controller:
                 knobs = Knobs(VERSION, telemetry.engine_id, self._next(telemetry), telemetry.iteration, *decision)
                 delivered = self._wire.send(knobs)
             if self._journal is not None:
-                self._journal.record(JournalRow(self._policy_name, now_ns, delivered, knobs, telemetry))
+                self._journal.record(JournalRow(self._law.spec, now_ns, delivered, knobs, telemetry))
         return len(messages)
 
     def _guard(self, telemetry: Telemetry, now_ns: int) -> Guard:
@@ -70,8 +69,8 @@ class Controller:
         if engine_id not in self._guards:
             for gone in [e for e, heard in self._heard_ns.items() if now_ns - heard > FORGET_S * 1e9]:
                 del self._guards[gone], self._sequence[gone], self._heard_ns[gone]
-            logger.info("%s: adopted at %d tokens by %s", engine_id, telemetry.knobs.budget_tokens, self._policy_name)
-            self._guards[engine_id] = self._make_guard()
+            logger.info("%s: adopted at %d tokens by %s", engine_id, telemetry.knobs.budget_tokens, self._law.spec)
+            self._guards[engine_id] = Guard(self._law)
         self._heard_ns[engine_id] = now_ns
         return self._guards[engine_id]
 

@@ -1,10 +1,10 @@
 """Guard: what every law is wrapped in, so that laws stay small and no law can hurt the server for long."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.protocol import Bounds, Telemetry
+from policies.catalogue import Law
 from policies.policy import Decision, Policy
 
 logger = logging.getLogger(__name__)
@@ -29,20 +29,19 @@ class GuardLimits:
 class Guard:
     """A law made safe, for one engine: clamp, slew limit, stale input, failure, lock-in watch.
 
-    `make_law` builds the law from telemetry (at adoption, and afresh after it raised). `tbt_slo_s` None means that
-    the knobs are fixed by the user: then there is no lock-in to watch for.
+    The law is made from telemetry at adoption, and afresh after it raised. One that answers for no SLO has its knobs
+    fixed by the user: then there is no lock-in to watch for.
     """
 
     def __init__(
         self,
-        make_law: Callable[[Telemetry], Policy],
-        tbt_slo_s: float | None,
+        law: Law,
         limits: GuardLimits = GuardLimits(),
     ) -> None:
-        self._make_law = make_law
+        self._make = law.make
         self._law: Policy | None = None
         self._limits = limits
-        self._watch = LockInWatch(tbt_slo_s, limits) if tbt_slo_s is not None else None
+        self._watch = LockInWatch(law.tbt_slo_s, limits) if law.tbt_slo_s is not None else None
         self._failures = 0
         self._clock_offset_ns: int | None = None
         self._last: Decision | None = None
@@ -67,7 +66,7 @@ class Guard:
             return None
         try:
             if self._law is None:
-                self._law = self._make_law(telemetry)
+                self._law = self._make(telemetry)
             decision = self._law.decide(telemetry)
             return Decision(round(decision.budget_tokens), round(decision.chunk_tokens), decision.reason)
         except Exception:  # a law may be anyone's code; it must not take the other engines down with it

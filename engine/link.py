@@ -22,16 +22,17 @@ logger = logging.getLogger(__name__)
 
 MAX_IPC_PATH = 100  # the kernel's limit for a socket path is 107 bytes
 MAX_KNOBS_A_STEP = 64  # a flood of messages must not hold up an iteration
+ZAP_DOMAIN = "pacer"
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoints:
-    """ZeroMQ addresses of one engine: two for its controller, two for its HTTP server."""
+    """ZeroMQ addresses of one engine: two for its controller, two (local only) for its HTTP server."""
 
     telemetry: str
     knobs: str
-    requests: str
-    outputs: str
+    requests: str = ""
+    outputs: str = ""
 
     @classmethod
     def ipc(cls, directory: Path, name: str) -> "Endpoints":
@@ -86,11 +87,12 @@ class EngineLink:
     def __init__(
         self,
         context: "zmq.Context[zmq.Socket[bytes]]",
-        endpoints: Endpoints,
+        places: list[Endpoints],
         engine_id: str,
         bounds: Bounds,
         keys: CurveKeys | None = None,
     ) -> None:
+        """Bind at every one of `places`. Raises ValueError for tcp without keys."""
         self.rejected = 0
         self.rejections: Counter[str] = Counter()  # by kind
         self._engine_id = engine_id
@@ -99,10 +101,12 @@ class EngineLink:
         self._doorkeeper = _admit_only(context, keys.peer_public) if keys else None
         self._telemetry = context.socket(zmq.PUB)
         self._knobs = context.socket(zmq.PULL)
-        for socket, address in ((self._telemetry, endpoints.telemetry), (self._knobs, endpoints.knobs)):
-            _secure(socket, address, keys, server=True)
-            socket.linger = 0
-            socket.bind(address)
+        # CURVE holds for what is bound after it is set, so tcp comes last and ipc stays plain.
+        for place in sorted(places, key=lambda place: place.telemetry.startswith("tcp://")):
+            for socket, address in ((self._telemetry, place.telemetry), (self._knobs, place.knobs)):
+                _secure(socket, address, keys, server=True)
+                socket.linger = 0
+                socket.bind(address)
 
     def publish(self, telemetry: Telemetry) -> None:
         """Send and forget: a subscriber that cannot follow loses messages, the engine loses no time."""
@@ -213,7 +217,7 @@ def _admit_only(context: "zmq.Context[zmq.Socket[bytes]]", public_key: bytes) ->
 
     authenticator = ThreadAuthenticator(context)
     authenticator.start()
-    authenticator.configure_curve_callback("*", OnePeer())
+    authenticator.configure_curve_callback(ZAP_DOMAIN, OnePeer())
     return authenticator
 
 
@@ -225,7 +229,7 @@ def _secure(socket: "zmq.Socket[bytes]", address: str, keys: CurveKeys | None, *
     socket.curve_publickey, socket.curve_secretkey = keys.public, keys.secret
     if server:
         socket.curve_server = True
-        socket.zap_domain = b"pacer"
+        socket.zap_domain = ZAP_DOMAIN.encode()
     else:
         socket.curve_serverkey = keys.peer_public
 

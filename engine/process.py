@@ -86,23 +86,26 @@ def run_loop(core: EngineCore, gate: RequestGate, clock: Callable[[], int], hear
 def main(
     config: EngineConfig,
     source: ModelSource,
-    endpoints: Endpoints,
+    places: list[Endpoints],
     keys: CurveKeys | None,
     ready: Connection,
     clock: Callable[[], int],
 ) -> None:
-    """Entry point of the process. Sends "" on `ready` when it serves, or the reason why it cannot."""
+    """Entry point of the process. Sends "" on `ready` when it serves, or the reason why it cannot.
+
+    `places` are where a controller can find it, the first one (ipc) with the HTTP server's sockets.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
     try:
         # Imported here: the parent is the HTTP server, which needs no torch.
-        from engine.model_runner import load_runner  # noqa: PLC0415
+        from engine.loader import load_runner  # noqa: PLC0415
 
         runner: Runner = load_runner(source, config, clock)
         _warm_up(config, runner, clock)
         engine_id = f"{config.name}-{clock():x}"  # the clock has moved on since any earlier start
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        link = EngineLink(context, endpoints, engine_id, config.bounds, keys)
-        gate = RequestGate(context, endpoints)
+        link = EngineLink(context, places, engine_id, config.bounds, keys)
+        gate = RequestGate(context, places[0])
     except (ValueError, OSError, zmq.ZMQError) as error:
         ready.send(str(error))
         return

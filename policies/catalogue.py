@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from engine.protocol import Telemetry
 from policies.aimd import Aimd
@@ -12,23 +13,43 @@ from policies.static import Static
 LAWS: dict[str, Callable[..., Policy]] = {"static": Static, "pid": Pid, "aimd": Aimd}
 
 
-def parse_law(spec: str) -> Callable[[Telemetry, float], Policy]:
-    """The law that `spec` names, to be made from an engine's first telemetry and the TBT SLO in seconds.
+@dataclass(frozen=True, slots=True)
+class Law:
+    """A law with its parameters: `make` starts it from an engine's first telemetry.
 
-    Raises ValueError naming an unknown law, an unknown parameter or a value that is no number.
+    `tbt_slo_s` is the promise it answers for; None for one that answers for none (fixed knobs).
+    """
+
+    spec: str
+    tbt_slo_s: float | None
+    make: Callable[[Telemetry], Policy]
+
+
+def parse_law(spec: str, tbt_slo_s: float | None = None) -> Law:
+    """The law that `spec` names.
+
+    Raises ValueError naming an unknown law, an unknown parameter, a value that is no number, or the missing SLO.
     """
     name, _, text = spec.partition(":")
     if name not in LAWS:
         raise ValueError(f"unknown policy {name!r}: choose from {', '.join(LAWS)}")
-    law = LAWS[name]
-    known = {p.name: p.default for p in inspect.signature(law).parameters.values() if p.default is not p.empty}
+    parameters = inspect.signature(LAWS[name]).parameters
+    values = _parse_values(name, text, {k: p.default for k, p in parameters.items() if p.default is not p.empty})
+    if "tbt_slo_s" not in parameters:
+        return Law(spec, None, lambda first: LAWS[name](first, **values))
+    if tbt_slo_s is None:
+        raise ValueError(f"policy {name!r} needs to know the promise: add --slo tbt:MILLISECONDS")
+    return Law(spec, tbt_slo_s, lambda first: LAWS[name](first, tbt_slo_s, **values))
+
+
+def _parse_values(name: str, text: str, defaults: dict[str, float]) -> dict[str, float]:
     values: dict[str, float] = {}
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
-        if key not in known:
-            raise ValueError(f"policy {name!r} has no parameter {key!r}: it has {', '.join(known) or 'none'}")
+        if key not in defaults:
+            raise ValueError(f"policy {name!r} has no parameter {key!r}: it has {', '.join(defaults) or 'none'}")
         try:
-            values[key] = type(known[key])(value)
+            values[key] = type(defaults[key])(value)
         except ValueError:
-            raise ValueError(f"policy {name!r}: {key}={value!r} is not a {type(known[key]).__name__}") from None
-    return lambda first, tbt_slo_s: law(first, tbt_slo_s, **values)
+            raise ValueError(f"policy {name!r}: {key}={value!r} is not a {type(defaults[key]).__name__}") from None
+    return values

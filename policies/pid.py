@@ -30,8 +30,8 @@ class Pid:
         first: Telemetry,
         tbt_slo_s: float,
         set_point: float = 0.9,
-        kp: float = 0.3,
-        ki: float = 0.2,
+        kp: float = 0.2,
+        ki: float = 0.5,
         kd: float = 0.0,
         window: int = 128,
     ) -> None:

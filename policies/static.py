@@ -10,7 +10,7 @@ class Static:
     `budget` 0 keeps the knobs found in force; `chunk` 0 means as large as the budget.
     """
 
-    def __init__(self, first: Telemetry, tbt_slo_s: float, budget: int = 0, chunk: int = 0) -> None:
+    def __init__(self, first: Telemetry, budget: int = 0, chunk: int = 0) -> None:
         budget = budget or first.knobs.budget_tokens
         self._decision = Decision(budget, chunk or budget, "static")
 

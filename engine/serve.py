@@ -1,0 +1,133 @@
+"""The HTTP server's process: starts the engine's process, serves until a signal, ends both in order."""
+
+import asyncio
+import logging
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+
+import uvicorn
+
+from engine import process
+from engine.config import EngineConfig, ModelSource
+from engine.engine_client import EngineClient
+from engine.link import CurveKeys, Endpoints
+from engine.metrics import Metrics
+from engine.model_config import PACER_26M, read_model_config
+from engine.openai_api import ServedModel
+from engine.server import build_app, http_server
+from engine.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+STOP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """Where time and ids come from: monotonic nanoseconds, Unix seconds, ids never given twice."""
+
+    monotonic_ns: Callable[[], int]
+    wall_s: Callable[[], float]
+    new_id: Callable[[], str]
+
+
+@dataclass(frozen=True, slots=True)
+class ServeOptions:
+    """One served model. `places` are the engine's sockets, the first one local; `keys` are for those on tcp."""
+
+    config: EngineConfig
+    source: ModelSource
+    model_name: str
+    host: str
+    port: int
+    places: list[Endpoints]
+    keys: CurveKeys | None
+    clocks: Clocks
+
+
+def serve(options: ServeOptions) -> int:
+    """Serve until SIGINT or SIGTERM; returns the exit status. Raises ValueError if the engine cannot start."""
+    tokenizer = load_tokenizer(options.source.folder)
+    model_config = read_model_config(options.source.folder) if options.source.folder else PACER_26M
+    engine = _start_engine(options)
+    try:
+        clocks, config = options.clocks, options.config
+        metrics = Metrics(options.model_name, config.name, config.prefix_caching)
+        client = EngineClient(options.places[0], metrics, clocks.monotonic_ns, clocks.new_id)
+        model = ServedModel(
+            options.model_name,
+            config.max_model_tokens,
+            model_config.vocab_size,
+            model_config.eos_token_ids,
+            int(clocks.wall_s()),
+        )
+        app = build_app(client, tokenizer, model, metrics, clocks.wall_s, clocks.new_id)
+        server = http_server(app, options.host, options.port)
+        logger.info("serving %s at http://%s:%d, engine process %d", model.name, options.host, options.port, engine.pid)
+        return asyncio.run(_serve_http(server, client, engine))
+    except KeyboardInterrupt:  # uvicorn has shut down in order, and then passes the signal on
+        return 0
+    finally:
+        stop_process(engine)
+
+
+def _start_engine(options: ServeOptions) -> BaseProcess:
+    # Spawned, not forked: the engine gets no copy of this process's threads, sockets and locks.
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe(duplex=False)
+    arguments = (
+        options.config,
+        options.source,
+        options.places,
+        options.keys,
+        there,
+        options.clocks.monotonic_ns,
+    )
+    engine = spawn.Process(target=process.main, args=arguments, name="engine")
+    engine.start()
+    there.close()
+    try:
+        reason = here.recv()
+    except EOFError:
+        engine.join()
+        reason = f"the engine process died with exit status {engine.exitcode} while starting"
+    if reason:
+        stop_process(engine)
+        raise ValueError(reason)
+    return engine
+
+
+async def _serve_http(server: uvicorn.Server, client: EngineClient, engine: BaseProcess) -> int:
+    loop = asyncio.get_running_loop()
+    status = 0
+
+    def engine_died() -> None:
+        nonlocal status
+        status = 1
+        loop.remove_reader(engine.sentinel)
+        logger.error("the engine process died with exit status %s", engine.exitcode)
+        client.fail("the engine process died")
+        server.should_exit = True
+
+    def parent_died() -> None:
+        server.should_exit = True
+
+    loop.add_reader(engine.sentinel, engine_died)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        loop.add_reader(parent.sentinel, parent_died)
+    await server.serve()
+    loop.remove_reader(engine.sentinel)
+    return status
+
+
+def stop_process(child: BaseProcess) -> None:
+    """SIGTERM, then SIGKILL for one that does not listen."""
+    child.terminate()
+    child.join(STOP_S)
+    if child.is_alive():
+        logger.error("%s did not stop within %.0f s: killed", child.name, STOP_S)
+        child.kill()
+        child.join()

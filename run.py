@@ -1,0 +1,248 @@
+"""The command line: one verb a job. Everything else lives in the rooms; time and ids come in here."""
+
+import argparse
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from engine.config import EngineConfig, ModelSource
+from engine.link import CurveKeys, Endpoints
+
+Parser = argparse.ArgumentParser
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `pacer` command; returns the exit status."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except (ValueError, ConnectionError, OSError) as error:
+        print(f"pacer {args.verb}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> Parser:
+    parser = Parser("pacer", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, run, text, parts in (
+        ("serve", _serve, "run an engine and its HTTP server", (_sockets, _engine)),
+        ("control", _control, "run the controller sidecar for running engines", (_sockets, _controller)),
+        ("launch", _launch, "run an engine with the controller beside it", (_sockets, _engine, _controller)),
+        ("bench", _bench, "replay a workload against any OpenAI endpoint", (_load,)),
+        ("demo", _demo, "compare static and adaptive budgets on a real engine, here and now", (_demonstration,)),
+    ):
+        sub = verbs.add_parser(
+            verb, help=text, description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        sub.set_defaults(run=run)
+        for add_part in parts:
+            add_part(sub)
+    return parser
+
+
+def _sockets(parser: Parser) -> None:
+    add = parser.add_argument_group("sockets").add_argument
+    default = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"pacer-{os.getuid()}"
+    add("--socket-dir", type=Path, default=default, help="where ipc sockets are, mode 0700")
+    add("--curve-key", type=Path, help="this side's .key_secret file, for tcp")
+    add("--curve-peer", type=Path, help="the other side's .key file, for tcp")
+
+
+def _engine(parser: Parser) -> None:
+    config, source = EngineConfig(), ModelSource()
+    add = parser.add_argument_group("engine").add_argument
+    add("--model", type=Path, help="Hugging Face folder; without it a built-in 26M Llama with random weights")
+    add("--load-format", choices=("auto", "dummy"), default=source.load_format, help="dummy: seeded random weights")
+    add("--dtype", default=source.dtype, help="float32, bfloat16 or float16")
+    add("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="CPU threads of the computation")
+    add("--served-model-name", help="the model's name in the API; default: the folder's name")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000)
+    add("--name", default=config.name, help="names the engine's sockets")
+    add("--listen", metavar="TELEMETRY,KNOBS", help="also bind these two tcp:// addresses (needs CURVE keys)")
+    add("--schedule", default=config.schedule, help="stall-free, prefill-first, orca, request-level or chunks-only")
+    add("--budget", type=int, default=config.budget_tokens, help="fallback token budget, until a controller answers")
+    add("--chunk", type=int, help="fallback chunk size; default: the budget")
+    add("--max-num-batched-tokens", type=int, default=config.max_budget_tokens, help="largest budget ever allowed")
+    add("--min-budget", type=int, default=config.min_budget_tokens, help="smallest budget ever allowed")
+    add("--tile", type=int, default=config.tile_tokens, help="GEMM tile: larger knobs are cut to whole tiles")
+    add("--max-num-seqs", type=int, default=config.max_requests, help="most requests running at once")
+    add("--max-model-len", type=int, default=config.max_model_tokens, help="most tokens of a prompt and its output")
+    add("--block-size", type=int, default=config.block_tokens, help="tokens in a KV block")
+    add("--kv-blocks", type=int, default=config.kv_blocks)
+    add("--enable-prefix-caching", action="store_true")
+    add("--knobs-ttl", type=float, default=config.knobs_ttl_s, help="seconds without knobs until the fallback")
+    add("--seed", type=int, default=config.seed)
+
+
+def _controller(parser: Parser) -> None:
+    add = parser.add_argument_group("controller").add_argument
+    add("--policy", default="pid", help="static, pid or aimd, with parameters as in pid:set_point=0.9")
+    add("--slo", help='the promise in milliseconds, as in "tbt:100"')
+    add("--journal", type=Path, help="folder for every decision with its telemetry, as Parquet")
+    if "--name" not in parser._option_string_actions:
+        add(
+            "--engine",
+            action="append",
+            metavar="NAME | TELEMETRY,KNOBS",
+            help="an engine's --name or its tcp:// addresses; repeatable",
+        )
+
+
+def _load(parser: Parser) -> None:
+    from envs.trace import ARRIVALS_HELP, LENGTHS_HELP  # noqa: PLC0415
+
+    add = parser.add_argument
+    add("--base-url", default="http://127.0.0.1:8000")
+    add("--model", help="default: the first of /v1/models")
+    add("--arrivals", default="poisson:1", help=ARRIVALS_HELP)
+    add("--lengths", default="uniform:64-512,16-64", help=LENGTHS_HELP)
+    add("--num-prompts", type=int, help="number of requests, where the arrivals do not fix it")
+    add("--max-model-len", type=int, help="leave out requests longer than this")
+    add("--text", action="store_true", help="send words, for endpoints that refuse token ids (lengths are approximate)")
+    add("--goodput", metavar="SLO", help='in milliseconds, as in "ttft:2000 tbt:100"; also tpot, e2el')
+    add("--grace", type=float, default=60.0, help="seconds after the last arrival until the rest counts as unfinished")
+    add("--seed", type=int, default=0)
+    add("--save-result", type=Path, metavar="FILE", help="write the figures as JSON, in vllm bench serve's keys")
+    add("--save-detailed", action="store_true", help="with every request's latencies")
+
+
+def _demonstration(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("pacer-out/demo"), help="folder for telemetry, journal, table and picture")
+    add("--seed", type=int, default=0)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from engine.serve import Clocks, ServeOptions, serve  # noqa: PLC0415
+
+    config = EngineConfig(
+        name=args.name,
+        schedule=args.schedule,
+        budget_tokens=args.budget,
+        chunk_tokens=args.chunk or args.budget,
+        max_budget_tokens=args.max_num_batched_tokens,
+        min_budget_tokens=args.min_budget,
+        tile_tokens=args.tile,
+        max_requests=args.max_num_seqs,
+        max_model_tokens=args.max_model_len,
+        block_tokens=args.block_size,
+        kv_blocks=args.kv_blocks,
+        prefix_caching=args.enable_prefix_caching,
+        knobs_ttl_s=args.knobs_ttl,
+        seed=args.seed,
+    )
+    places = [Endpoints.ipc(args.socket_dir, args.name)]
+    if args.listen:
+        places.append(_tcp(args.listen))
+    model_name = args.served_model_name or (args.model.name if args.model else "pacer-26m")
+    source = ModelSource(args.model, args.load_format, args.dtype, args.threads)
+    clocks = Clocks(time.monotonic_ns, time.time, lambda: uuid.uuid4().hex)
+    return serve(ServeOptions(config, source, model_name, args.host, args.port, places, _keys(args), clocks))
+
+
+def _control(args: argparse.Namespace) -> int:
+    from controller.sidecar import SidecarOptions, run  # noqa: PLC0415
+    from envs.slo import Slo  # noqa: PLC0415
+    from policies.catalogue import parse_law  # noqa: PLC0415
+
+    names = args.engine or ["pacer"]
+    engines = [_tcp(name) if "://" in name else Endpoints.ipc(args.socket_dir, name) for name in names]
+    law = parse_law(args.policy, Slo.parse(args.slo).tbt_s if args.slo else None)
+    return run(SidecarOptions(engines, law, args.journal, args.socket_dir, _keys(args), time.monotonic_ns))
+
+
+def _launch(args: argparse.Namespace) -> int:
+    """Both children get their signals from here; a dead controller is started again, a dead engine ends all."""
+    args.engine = [args.name]
+    stopping: list[bool] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopping.append(True))
+    server, sidecar = _child(_serve, args), _child(_control, args)
+    while not stopping and server.is_alive():
+        multiprocessing.connection.wait([server.sentinel, sidecar.sentinel], timeout=0.5)
+        if not sidecar.is_alive() and server.is_alive() and not stopping:
+            if sidecar.exitcode == 2:  # it refused its arguments, and would again
+                break
+            logging.warning("the controller died with exit status %s: starting it again", sidecar.exitcode)
+            sidecar = _child(_control, args)
+    for child in (sidecar, server):
+        child.terminate()
+        child.join()
+    return 0 if stopping else server.exitcode or sidecar.exitcode or 1
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import numpy as np  # noqa: PLC0415
+
+    from envs.slo import Slo  # noqa: PLC0415
+    from envs.trace import make_workload  # noqa: PLC0415
+    from profiles.bench import run_bench  # noqa: PLC0415
+
+    rng = np.random.default_rng(args.seed)
+    return run_bench(
+        make_workload(args.arrivals, args.lengths, rng, args.num_prompts, args.max_model_len),
+        args.base_url,
+        model=args.model,
+        prompts="text" if args.text else "ids",
+        slo=Slo.parse(args.goodput) if args.goodput else None,
+        grace_s=args.grace,
+        seed=args.seed,
+        save_result=args.save_result,
+        save_detailed=args.save_detailed,
+    )
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from profiles.demo import run_demo  # noqa: PLC0415
+
+    def start(verb: str, *flags: str) -> BaseProcess:
+        parsed = _parser().parse_args([verb, *flags])
+        return _child(parsed.run, parsed)
+
+    return run_demo(start, args.out, args.seed)
+
+
+def _child(run: Verb, args: argparse.Namespace) -> BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(target=_run_child, args=(run, args), name=run.__name__[1:])
+    process.start()
+    return process
+
+
+def _run_child(run: Verb, args: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {run.__name__[1:]} %(levelname)s %(message)s")
+    try:
+        sys.exit(run(args))
+    except (ValueError, OSError) as error:
+        print(f"pacer {run.__name__[1:]}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _tcp(addresses: str) -> Endpoints:
+    telemetry, _, knobs = addresses.partition(",")
+    if not (telemetry.startswith("tcp://") and knobs.startswith("tcp://")):
+        raise ValueError(f"{addresses!r} is not two addresses: write tcp://HOST:PORT,tcp://HOST:PORT (telemetry,knobs)")
+    return Endpoints(telemetry, knobs)
+
+
+def _keys(args: argparse.Namespace) -> CurveKeys | None:
+    if args.curve_key is None and args.curve_peer is None:
+        return None
+    if args.curve_key is None or args.curve_peer is None:
+        raise ValueError("CURVE needs both --curve-key (own secret) and --curve-peer (the other side's public key)")
+    return CurveKeys.load(args.curve_key, args.curve_peer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

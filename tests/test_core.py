@@ -1,0 +1,96 @@
+"""The main loop: what an iteration reports, which knobs it obeys, what happens without any."""
+
+import msgspec
+import pytest
+from plant import Loop
+
+from engine.config import EngineConfig
+from engine.protocol import VERSION, Knobs
+
+
+def knobs(sequence: int, iteration: int, budget: int, chunk: int) -> Knobs:
+    return Knobs(VERSION, "e-1", sequence, iteration, budget, chunk)
+
+
+def test_an_iteration_reports_its_batch_at_launch_and_the_measurements_of_the_one_before() -> None:
+    loop = Loop(None, config=EngineConfig(budget_tokens=64, chunk_tokens=64), fixed_s=0.01, per_token_s=0.001)
+    loop.submit("a", 100, 3)
+    messages = [loop.step() for _ in range(5)]
+    assert [(t.iteration, t.batch.prefill_tokens, t.batch.decode_tokens) for t in messages] == [
+        (1, 64, 0),
+        (2, 36, 0),
+        (3, 0, 1),
+        (4, 0, 1),
+        (4, 0, 0),
+    ]
+    assert messages[1].batch.prefill_chunk_tokens == (36,)
+    assert messages[1].batch.prefill_context_tokens == (64,)
+    assert messages[1].batch.prefill_attention_tokens2 == 36 * (64 + 18)
+    assert messages[2].batch.decode_context_tokens == 100
+    measured = [c for t in messages for c in t.completed]
+    assert [c.iteration for c in measured] == [1, 2, 3, 4]
+    assert measured[1].ttft_s == pytest.approx((0.074 + 0.046,))
+    assert measured[2].tbt_s == pytest.approx((0.011,))
+    assert measured[2].device_s == pytest.approx(0.011)
+    assert measured[2].stages[0].bubble_s == 0.0
+
+
+def test_the_queue_is_reported() -> None:
+    loop = Loop(None, config=EngineConfig(budget_tokens=64, chunk_tokens=64, max_requests=1))
+    loop.submit("a", 100, 3)
+    loop.submit("b", 70, 3)
+    telemetry = loop.step()
+    assert telemetry.queue.running_requests == 1
+    assert telemetry.queue.waiting_requests == 1
+    assert telemetry.queue.waiting_prompt_tokens == 70
+    assert telemetry.queue.head_remaining_tokens == 100
+    assert telemetry.kv_usage == pytest.approx(7 / 4096)
+
+
+def test_knobs_are_in_force_in_the_next_iteration_and_echoed() -> None:
+    loop = Loop(None)
+    loop.submit("a", 2000, 3)
+    assert loop.step().knobs.source == "fallback"
+    loop.link.inbox = knobs(9, 1, 48, 32)
+    telemetry = loop.step()
+    assert telemetry.knobs == msgspec.structs.replace(
+        telemetry.knobs, budget_tokens=48, chunk_tokens=32, sequence=9, iteration=1, source="controller"
+    )
+    assert telemetry.batch.prefill_chunk_tokens == (32,)
+
+
+def test_without_knobs_for_the_time_to_live_the_engine_is_on_its_fallback() -> None:
+    loop = Loop(None, config=EngineConfig(budget_tokens=128, chunk_tokens=128, knobs_ttl_s=0.5), fixed_s=0.1)
+    loop.submit("a", 2000, 48)
+    loop.link.inbox = knobs(1, 0, 512, 512)
+    sources = [loop.step().knobs for _ in range(8)]
+    under = [k for k in sources if k.source == "controller"]
+    assert 3 <= len(under) <= 5, "the last decision holds for the time to live"
+    assert sources[-1].source == "fallback"
+    assert sources[-1].budget_tokens == 128
+    assert sources[-1].sequence == 1, "a new controller must know where to go on"
+
+
+def test_a_request_that_ends_leaves_nothing_behind() -> None:
+    loop = Loop(None)
+    for i in range(5):
+        loop.submit(str(i), 30, 4)
+    while loop.core.scheduler.has_work:
+        loop.step()
+    loop.core.scheduler.check()
+    assert loop.step().kv_usage == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"budget_tokens": 4096}, "budget_tokens 4096"),
+        ({"kv_blocks": 10}, "raise kv_blocks"),
+        ({"schedule": "orca", "max_budget_tokens": 512}, "whole prompts"),
+        ({"max_requests": 5000}, "5000 decodes"),
+        ({"knobs_ttl_s": 0.0}, "knobs_ttl_s"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused_with_the_remedy(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineConfig(**changes)  # type: ignore[arg-type]
