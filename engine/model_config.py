@@ -24,6 +24,18 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
 class Rope(msgspec.Struct, frozen=True):
     """Rotary position embedding: the base and, for types other than default, how its frequencies are stretched."""
 
@@ -70,6 +82,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        sizes = [(name, getattr(self, name)) for name in _SIZES]
+        sizes += [("sliding_window", window) for window in self.sliding_windows if window is not None]
+        for name, size in sizes:
+            if size < 1:
+                raise ValueError(f"{name} is {size}; it must be at least 1: correct config.json")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_key_value_heads "
@@ -162,8 +179,8 @@ def read_model_config(folder: Path) -> ModelConfig:
         intermediate_size=keys.intermediate_size,
         num_hidden_layers=keys.num_hidden_layers,
         num_attention_heads=keys.num_attention_heads,
-        num_key_value_heads=keys.num_key_value_heads or keys.num_attention_heads,
-        head_dim=keys.head_dim or keys.hidden_size // keys.num_attention_heads,
+        num_key_value_heads=keys.num_attention_heads if keys.num_key_value_heads is None else keys.num_key_value_heads,
+        head_dim=keys.hidden_size // max(1, keys.num_attention_heads) if keys.head_dim is None else keys.head_dim,
         max_position_embeddings=keys.max_position_embeddings,
         rms_norm_eps=keys.rms_norm_eps,
         rope=_rope(keys),

@@ -36,13 +36,15 @@ class RequestGate:
         self._encoder = msgspec.msgpack.Encoder()
 
     def wake_on(self, file_descriptor: int) -> None:
-        """Make `receive` return when this becomes readable, too."""
+        """Make `wait` return when this becomes readable, too."""
         self._poller.register(file_descriptor, zmq.POLLIN)
 
-    def receive(self, scheduler: Scheduler, clock: Callable[[], int], timeout_s: float) -> None:
-        """Hand over what has arrived; with a timeout, wait for the first message."""
-        if timeout_s > 0:
-            self._poller.poll(int(timeout_s * 1000))
+    def wait(self, timeout_s: float) -> None:
+        """Wait until there is something to receive, or to wake up for."""
+        self._poller.poll(int(timeout_s * 1000))
+
+    def receive(self, scheduler: Scheduler, clock: Callable[[], int]) -> None:
+        """Hand over what has arrived, without waiting."""
         while True:
             try:
                 message = self._decoder.decode(self._requests.recv(zmq.NOBLOCK))
@@ -75,12 +77,12 @@ def run_loop(core: EngineCore, gate: RequestGate, clock: Callable[[], int], hear
     if parent is not None:
         gate.wake_on(parent.sentinel)
     while not stopping and (parent is None or os.getppid() == parent.pid):
+        gate.receive(core.scheduler, clock)
         if core.scheduler.has_work:
-            gate.receive(core.scheduler, clock, 0)
             gate.send(core.step())
         else:
             core.idle()
-            gate.receive(core.scheduler, clock, heartbeat_s)
+            gate.wait(heartbeat_s)
 
 
 def main(
@@ -97,7 +99,7 @@ def main(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
     try:
-        # Imported here: the parent is the HTTP server, which needs no torch.
+        # Imported here: the parent, the HTTP server, imports this module to start it and needs no model code.
         from engine.loader import load_runner  # noqa: PLC0415
 
         runner: Runner = load_runner(source, config, clock)

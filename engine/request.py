@@ -37,7 +37,7 @@ class FinishReason(StrEnum):
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """Server to engine: a new request, validated: ids are in the vocabulary, prompt + max_tokens fit the model length."""
+    """Server to engine: a new request. The server has checked the ids and that prompt + max_tokens fit the model."""
 
     request_id: str
     prompt_ids: list[int]

@@ -91,7 +91,6 @@ def _draw_filtered(scaled: torch.Tensor, plan: SamplingPlan) -> torch.Tensor:
 def _draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Inverse of the cumulative distribution at `uniform` [rows]; `probabilities` [rows, n] need not sum to 1."""
     cumulative = probabilities.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    # Rounding must not lift the target to the total: past it no entry lies, or one of probability 0.
-    target = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # A uniform number is at most 1 - 2**-53, so that the target stays below the total, rounding included.
+    target = uniform[:, None] * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target, right=True)[:, 0]

@@ -66,7 +66,8 @@ def serve(options: ServeOptions) -> int:
         app = build_app(client, tokenizer, model, metrics, clocks.wall_s, clocks.new_id)
         server = http_server(app, options.host, options.port)
         logger.info("serving %s at http://%s:%d, engine process %d", model.name, options.host, options.port, engine.pid)
-        return asyncio.run(_serve_http(server, client, engine))
+        with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+            return runner.run(_serve_http(server, client, engine))
     except KeyboardInterrupt:  # uvicorn has shut down in order, and then passes the signal on
         return 0
     finally:

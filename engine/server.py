@@ -250,7 +250,7 @@ def _add_information(app: FastAPI, service: OpenAIService, metrics: Metrics) -> 
             raise ApiError(f"the model {name!r} does not exist", "model", "model_not_found", status=404)
         return service.model_card()
 
-    @app.api_route("/ping", methods=["GET", "POST"])
+    @app.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         if service.client.failure is not None:

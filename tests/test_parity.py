@@ -1,0 +1,104 @@
+"""The whole engine against transformers: the same greedy tokens, whatever the budgets do."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CHECKPOINTS, N_NEW, N_PROMPTS, PROMPTS, expected_outputs, write_checkpoint
+
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.link import MemoryLink
+from engine.model_config import read_model_config
+from engine.model_runner import ModelRunner
+from engine.protocol import VERSION, Knobs
+from engine.request import SamplingParams, Submit
+from engine.scheduler import Scheduler
+from engine.weights import load_safetensors
+
+Schedule = dict[str, Any]
+WAYS: dict[str, Schedule] = {
+    "whole prefill": {"knobs": lambda random: (256, 256)},
+    "chunks of 7": {"knobs": lambda random: (64, 7)},
+    "chunks of 16": {"knobs": lambda random: (64, 16)},
+    "chunks of 64": {"knobs": lambda random: (64, 64)},
+    "random knobs": {"knobs": lambda random: tuple(random.integers(1, 257, 2).tolist())},
+    "forced preemption": {"knobs": lambda random: (256, 64), "kv_blocks": 42},
+    "prefix cache": {"knobs": lambda random: tuple(random.integers(1, 257, 2).tolist()), "prefix_caching": True},
+    "prefix cache and preemption": {"knobs": lambda random: (96, 32), "prefix_caching": True, "kv_blocks": 42},
+    "orca": {"knobs": lambda random: (128, 128), "schedule": "orca"},
+}
+
+
+class Engine:
+    """The real core and runner over a checkpoint; an iterator stands in for the clock."""
+
+    def __init__(self, folder: Path, way: Schedule) -> None:
+        settings = {"kv_blocks": 640, "tile_tokens": 4} | {key: way[key] for key in way if key != "knobs"}
+        self.config = EngineConfig(
+            budget_tokens=64,
+            chunk_tokens=64,
+            min_budget_tokens=1,
+            max_budget_tokens=256,
+            max_requests=16,
+            max_model_tokens=160,
+            block_tokens=4,
+            **settings,
+        )
+        clock = iter(range(1, 10**9, 1000)).__next__
+        model = read_model_config(folder)
+        weights = load_safetensors(folder, model, torch.float32)
+        runner = ModelRunner(model, weights, self.config, threads=1, clock=clock)
+        self.scheduler = Scheduler(self.config)
+        self.link = MemoryLink()
+        self.core = EngineCore("e", self.config, self.scheduler, runner, self.link, clock)
+        self.next_knobs = way["knobs"]
+
+    def generate(self, prompts: list[list[int]]) -> list[list[int]]:
+        random = np.random.default_rng(3)
+        for i, prompt in enumerate(prompts):
+            self.scheduler.submit(Submit(str(i), prompt, SamplingParams(max_tokens=N_NEW)), 0)
+        outputs: list[list[int]] = [[] for _ in prompts]
+        sequence = 0
+        while self.scheduler.has_work:
+            sequence += 1
+            self.link.inbox = Knobs(VERSION, "e", sequence, sequence - 1, *self.next_knobs(random))
+            for token in self.core.step():
+                outputs[int(token.request_id)].append(token.token_id)
+            self.scheduler.check()
+        return outputs
+
+
+@pytest.fixture(
+    scope="module", params=["llama-sharded", "mistral-window-10", "qwen2-two-windows", "qwen3-wide-heads-tied"]
+)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[int]], Path]:
+    assert request.param in CHECKPOINTS
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return expected_outputs(write_checkpoint(request.param, folder)), folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_greedy_tokens_are_those_of_transformers(family: tuple[list[list[int]], Path], way: str) -> None:
+    expected, folder = family
+    engine = Engine(folder, WAYS[way])
+    assert engine.generate(PROMPTS) == expected
+    preempted = engine.scheduler.preemptions
+    assert (preempted > 0) == ("preemption" in way), f"{preempted} preemptions"
+    assert engine.scheduler.blocks.free_blocks == engine.config.kv_blocks
+
+
+def test_the_second_time_prompts_come_from_the_prefix_cache(family: tuple[list[list[int]], Path]) -> None:
+    expected, folder = family
+    engine = Engine(folder, WAYS["prefix cache"])
+    assert engine.generate(PROMPTS) == expected
+    before = len(engine.link.published)
+    assert engine.generate(PROMPTS) == expected
+    prefilled = [
+        sum(t.batch.prefill_tokens for t in part)
+        for part in (engine.link.published[:before], engine.link.published[before:])
+    ]
+    assert prefilled[1] < 0.35 * prefilled[0]
+    assert len(expected) == N_PROMPTS
