@@ -27,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return int(args.run(args))
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, ConnectionError, OSError) as error:
         print(f"pacer {args.verb}: {error}", file=sys.stderr)
         return 2
@@ -209,19 +211,20 @@ def _demo(args: argparse.Namespace) -> int:
 
     def start(verb: str, *flags: str) -> BaseProcess:
         parsed = _parser().parse_args([verb, *flags])
-        return _child(parsed.run, parsed)
+        return _child(parsed.run, parsed, logging.WARNING)
 
     return run_demo(start, args.out, args.seed)
 
 
-def _child(run: Verb, args: argparse.Namespace) -> BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(target=_run_child, args=(run, args), name=run.__name__[1:])
+def _child(run: Verb, args: argparse.Namespace, log_level: int = logging.INFO) -> BaseProcess:
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=_run_child, args=(run, args, log_level), name=run.__name__[1:])
     process.start()
     return process
 
 
-def _run_child(run: Verb, args: argparse.Namespace) -> None:
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {run.__name__[1:]} %(levelname)s %(message)s")
+def _run_child(run: Verb, args: argparse.Namespace, log_level: int) -> None:
+    logging.basicConfig(level=log_level, format=f"%(asctime)s {run.__name__[1:]} %(levelname)s %(message)s")
     try:
         sys.exit(run(args))
     except (ValueError, OSError) as error:

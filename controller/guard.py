@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class GuardLimits:
-    """`max_raise`: largest factor a budget may grow by in one decision (falling is never limited).
+    """`max_raise`: largest factor by which a law for an SLO may raise the budget at once (falling is not limited).
 
     `stale_s`: telemetry older than this is not acted on. `lock_in_s` and `room`: a budget that did not rise for so
     long, with prompts waiting all the time, none fewer at the end, and every TBT below `room` times the SLO, is
@@ -30,7 +30,7 @@ class Guard:
     """A law made safe, for one engine: clamp, slew limit, stale input, failure, lock-in watch.
 
     The law is made from telemetry at adoption, and afresh after it raised. One that answers for no SLO has its knobs
-    fixed by the user: then there is no lock-in to watch for.
+    fixed by the user: they act at once, and there is no lock-in to watch for.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Guard:
         bounds = telemetry.bounds
         budget, reason = wanted.budget_tokens, wanted.reason
         ceiling = max(int(self._last.budget_tokens * self._limits.max_raise), bounds.tile_tokens)
-        if budget > ceiling:
+        if self._watch and budget > ceiling:
             budget, reason = ceiling, f"{reason}; slew limit, wanted {wanted.budget_tokens}"
         floor = self._watch.floor(telemetry, self._last.budget_tokens) if self._watch else 0
         if budget < floor:

@@ -116,12 +116,14 @@ class EngineLink:
         """The newest valid knobs since the last call, or None. What is invalid is counted, logged and ignored."""
         newest = None
         for _ in range(MAX_KNOBS_A_STEP):
-            if not _readable(self._knobs):
-                break
             try:
                 newest = self._accept(self._knobs.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                break
             except Rejected as error:
                 self._reject(error)
+            if not _readable(self._knobs):
+                break
         return newest
 
     def _accept(self, data: bytes) -> Knobs:

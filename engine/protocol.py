@@ -7,13 +7,14 @@ msgspec structs in MessagePack, self-describing maps, so that any language can r
 Times are nanoseconds of the engine host's monotonic clock; durations are seconds (`_s`).
 """
 
+import contextlib
 from typing import Literal, TypeVar
 
 import msgspec
 
 VERSION = 1
 
-M = TypeVar("M")
+M = TypeVar("M", "Knobs", "Telemetry")
 
 
 class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -181,9 +182,18 @@ def decode_knobs(data: bytes, engine_id: str, bounds: Bounds) -> Knobs:
 
 def _decode(decoder: "msgspec.msgpack.Decoder[M]", data: bytes) -> M:
     try:
+        message = decoder.decode(data)
+    except msgspec.MsgspecError as error:
+        _check_version(data)
+        raise Rejected("garbage", f"not a message of this protocol: {error}") from error
+    if message.version != VERSION:
+        _check_version(data)
+    return message
+
+
+def _check_version(data: bytes) -> None:
+    """Another version may have other fields, so that is asked first of what cannot be read."""
+    with contextlib.suppress(msgspec.MsgspecError):
         version = _version_decoder.decode(data).version
         if version != VERSION:
             raise Rejected("version", f"protocol version {version}, this side speaks {VERSION}")
-        return decoder.decode(data)
-    except msgspec.MsgspecError as error:
-        raise Rejected("garbage", f"not a message of this protocol: {error}") from error

@@ -34,6 +34,7 @@ class Scheduler:
             config.kv_blocks, config.block_tokens, config.max_blocks_per_request, config.prefix_caching
         )
         self.running: list[Request] = []  # oldest admission first
+        self._prefilling: list[Request] = []  # those of them with prompt left to compute
         self.waiting: deque[Request] = deque()
         self.preemptions = 0
         self._by_id: dict[str, Request] = {}
@@ -83,6 +84,7 @@ class Scheduler:
             self._waiting_tokens -= len(request.token_ids)
         else:
             self.running.remove(request)
+            self._prefilling = [r for r in self._prefilling if r is not request]
         self._drop(request)
 
     def schedule(self, budget_tokens: int, chunk_tokens: int, now_ns: int) -> Batch:
@@ -113,6 +115,7 @@ class Scheduler:
     def update(self, batch: Batch, token_ids: list[int], now_ns: int) -> StepOutput:
         """Book a completed batch: `token_ids` holds one token for each row of the batch that samples."""
         self._arrays.context[batch.slots] += batch.n_tokens
+        self._prefilling = [r for r in self._prefilling if not self._is_prefilled(r)]
         sampled = batch.slots[batch.samples]
         gaps_ns = (now_ns - self._last_token_ns[sampled]).tolist()
         self._last_token_ns[sampled] = now_ns
@@ -137,17 +140,15 @@ class Scheduler:
 
     def queue_state(self, now_ns: int) -> QueueState:
         """Who waits now, after `schedule`."""
-        context, prefill_end = self._arrays.context, self._arrays.prefill_end
-        head = next((r for r in self.running if context[r.slot] < prefill_end[r.slot]), None)
-        if head is None and self.waiting:
-            head = self.waiting[0]
+        head = self._prefilling[0] if self._prefilling else self.waiting[0] if self.waiting else None
+        head_context = int(self._arrays.context[head.slot]) if head else 0
         return QueueState(
             running_requests=len(self.running),
             waiting_requests=len(self.waiting),
             waiting_prompt_tokens=self._waiting_tokens,
             oldest_wait_s=(now_ns - self.waiting[0].arrival_ns) * 1e-9 if self.waiting else 0.0,
-            head_remaining_tokens=int(prefill_end[head.slot] - context[head.slot]) if head else 0,
-            head_context_tokens=int(context[head.slot]) if head else 0,
+            head_remaining_tokens=int(self._arrays.prefill_end[head.slot]) - head_context if head else 0,
+            head_context_tokens=head_context,
         )
 
     def check(self) -> None:
@@ -156,7 +157,11 @@ class Scheduler:
         live = {r.slot for r in self.running}
         assert set(np.flatnonzero(self.blocks.held).tolist()) <= live, "blocks held by a request that does not run"
         assert len(self._by_id) == len(self.running) + len(self.waiting) == len(self._by_slot)
+        assert self._prefilling == [r for r in self.running if not self._is_prefilled(r)]
         assert self._waiting_tokens == sum(len(r.token_ids) for r in self.waiting)
+
+    def _is_prefilled(self, request: Request) -> bool:
+        return bool(self._arrays.context[request.slot] >= self._arrays.prefill_end[request.slot])
 
     def _grow(self) -> None:
         size = len(self._last_token_ns)
@@ -182,6 +187,7 @@ class Scheduler:
             request = self._by_slot[slot]
             assert self.running[-1] is request, "the batching rule preempts from the tail"
             self.running.pop()
+            self._prefilling = [r for r in self._prefilling if r is not request]
             self.blocks.release(slot)
             self._reset(request)
             self.waiting.appendleft(request)
@@ -203,6 +209,7 @@ class Scheduler:
             self.blocks.extend(request.slot, len(request.token_ids))
             self._waiting_tokens -= len(request.token_ids)
         self.running.extend(admitted)
+        self._prefilling.extend(admitted)
 
     def _take(self, n_decodes: int, n_rows: int) -> Batch:
         slots = self._plan.slots[:n_rows].copy()

@@ -30,7 +30,7 @@ from profiles.load import replay
 from profiles.plot import plot_runs
 
 SMALL, AIM, LARGE = 32, 192, 2048
-POLICIES = {"small static": f"static:budget={SMALL}", "large static": f"static:budget={LARGE}", "pid": "pid"}
+POLICIES = {f"static {budget}": f"static:budget={budget}" for budget in (SMALL, LARGE)} | {"pid": "pid"}
 PHASES_S = (10, 14, 16)  # calm, burst, calm
 CALM, BURST = 0.3, 1.0  # load, as a share of what a budget of AIM tokens can prefill
 MEAN_PROMPT = 430
@@ -146,9 +146,9 @@ def _plan(machine: Machine, seed: int) -> tuple[Slo, Workload]:
 
 
 def _table(summaries: dict[str, dict[str, Any]], slo: Slo) -> Table:
-    table = Table(title=f"The same requests, three budgets; promise {slo} ms")
-    for column in ("budget", "TTFT p50", "TTFT p99", "TBT p50", "TBT p99", "goodput", "tokens in SLO"):
-        table.add_column(column, justify="left" if column == "budget" else "right")
+    table = Table(title=f"The same requests under three budgets; the promise is {slo} (ms, P99)")
+    for column in ("budget", "TTFT p50", "TTFT p99", "TBT p50", "TBT p99", "goodput", "in SLO"):
+        table.add_column(column, justify="left" if column == "budget" else "right", no_wrap=True)
     for label, summary in summaries.items():
         table.add_row(
             label,
