@@ -1,15 +1,17 @@
 """From publishing telemetry to holding the answer: a real controller process over real sockets, running pid.
 
-The engine's end publishes telemetry of 32 decodes and a chunk every few milliseconds, as an engine would, and then
-polls as fast as it can until the knobs are there.
+The engine's end publishes telemetry of 32 decodes and a chunk, and polls until the knobs are there. The figure is
+taken back to back. After a pause of 5 ms, a step's length, caches are cold and sleeping processors have to be woken at
+every hop: that is measured too, and beside both the floor, the round trip of as many bytes through bare ZeroMQ.
 """
 
 import time
 
-import msgspec
 import numpy as np
 import zmq
+from numpy.typing import NDArray
 
+from benchmarks.floor import WARM_UP, bare_echo, pause
 from benchmarks.report import arguments, report
 from benchmarks.sockets import controller_process, temporary_endpoints
 from engine.config import EngineConfig
@@ -18,6 +20,7 @@ from engine.protocol import VERSION, BatchComposition, Completion, InForce, Queu
 
 MEDIAN_GOAL_US, P99_GOAL_US = 150.0, 500.0
 STEP_S = 0.005
+ANSWER_NS = 50_000_000
 
 
 def message(iteration: int, config: EngineConfig, random: np.random.Generator) -> Telemetry:
@@ -41,36 +44,37 @@ def message(iteration: int, config: EngineConfig, random: np.random.Generator) -
     )
 
 
-def measure(link: EngineLink, config: EngineConfig, decisions: int, seed: int) -> np.ndarray:
-    """Round trips in microseconds, of `decisions` messages that were answered."""
-    random = np.random.default_rng(seed)
+def measure(pause_s: float, decisions: int, seed: int) -> NDArray[np.float64]:
+    """Round trips in microseconds, shape [decisions]."""
+    random, config = np.random.default_rng(seed), EngineConfig()
     times_us: list[float] = []
     iteration = 1
-    while len(times_us) < decisions:
-        iteration += 1
-        telemetry = message(iteration, config, random)
-        started = time.perf_counter_ns()
-        link.publish(msgspec.structs.replace(telemetry, scheduled_ns=time.monotonic_ns()))
-        knobs, waited_ns = None, 0
-        while waited_ns < 50_000_000 and (knobs is None or knobs.iteration != iteration):
-            knobs = link.poll() or knobs
-            waited_ns = time.perf_counter_ns() - started
-        if knobs is not None and knobs.iteration == iteration:
-            times_us.append(waited_ns / 1e3)
-        time.sleep(STEP_S)  # the device at work: the controller has gone back to sleep when the next one comes
-    return np.array(times_us)
+    with temporary_endpoints() as endpoints, controller_process(endpoints, "pid"):
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        link = EngineLink(context, [endpoints], "bench", config.bounds)
+        while len(times_us) < WARM_UP + decisions:
+            iteration += 1
+            telemetry = message(iteration, config, random)
+            started = time.perf_counter_ns()
+            link.publish(telemetry)
+            knobs, waited_ns = None, 0
+            while waited_ns < ANSWER_NS and (knobs is None or knobs.iteration != iteration):
+                knobs = link.poll() or knobs
+                waited_ns = time.perf_counter_ns() - started
+            if knobs is not None:  # before the controller has connected there is no answer
+                times_us.append(waited_ns / 1e3)
+            pause(pause_s)
+        link.close()
+        context.destroy(linger=0)
+    return np.array(times_us[WARM_UP:])
 
 
 def main() -> None:
     args = arguments(__doc__ or "")
-    config = EngineConfig()
-    with temporary_endpoints() as endpoints, controller_process(endpoints, "pid"):
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        link = EngineLink(context, [endpoints], "bench", config.bounds)
-        times_us = measure(link, config, 500 if args.quick else 3000, args.seed)[100:]
-        link.close()
-        context.destroy(linger=0)
-    median, p99 = (float(np.percentile(times_us, q)) for q in (50, 99))
+    decisions = 500 if args.quick else 3000
+    times_us = {pause_s: measure(pause_s, decisions, args.seed) for pause_s in (0.0, STEP_S)}
+    floors_us = {pause_s: bare_echo(pause_s, decisions)[:, 1] for pause_s in (0.0, STEP_S)}
+    median, p99 = (float(np.percentile(times_us[0.0], q)) for q in (50, 99))
     report(
         "decision round trip through sockets, pid (us, median)",
         median,
@@ -78,7 +82,13 @@ def main() -> None:
         ok=median <= MEDIAN_GOAL_US and p99 <= P99_GOAL_US,
         seed=args.seed,
         p99_us=p99,
-        share_of_5_ms_step_percent=100 * median / (STEP_S * 1e6),
+        share_of_5_ms_step_percent=100e-6 * median / STEP_S,
+        bare_zeromq_us=float(np.median(floors_us[0.0])),
+        bare_zeromq_p99_us=float(np.percentile(floors_us[0.0], 99)),
+        after_5_ms_pause_us=float(np.median(times_us[STEP_S])),
+        after_5_ms_pause_p99_us=float(np.percentile(times_us[STEP_S], 99)),
+        bare_zeromq_after_5_ms_pause_us=float(np.median(floors_us[STEP_S])),
+        bare_zeromq_after_5_ms_pause_p99_us=float(np.percentile(floors_us[STEP_S], 99)),
     )
 
 

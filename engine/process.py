@@ -1,6 +1,7 @@
 """The engine's process: sockets around the core, and nothing else that could hold up a step."""
 
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -111,6 +112,7 @@ def main(
     except (ValueError, OSError, zmq.ZMQError) as error:
         ready.send(str(error))
         return
+    gc.freeze()  # a collection that walks through all that was loaded would hold up a step
     core = EngineCore(engine_id, config, Scheduler(config), runner, link, clock)
     ready.send("")
     run_loop(core, gate, clock, config.knobs_ttl_s / 4)

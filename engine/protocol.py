@@ -4,6 +4,8 @@ Telemetry goes out once per iteration, when batch N is launched: it describes ba
 every iteration that completed since the message before. Knobs come back: absolute, whole, newest wins. Both are
 msgspec structs in MessagePack, self-describing maps, so that any language can read them.
 
+Structs are outside the garbage collector's care (`gc=False`): they hold no references back, and there are many.
+
 Times are nanoseconds of the engine host's monotonic clock; durations are seconds (`_s`).
 """
 
@@ -17,7 +19,7 @@ VERSION = 1
 M = TypeVar("M", "Knobs", "Telemetry")
 
 
-class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """What the knobs may be, fixed at launch (buffers are sized by `max_budget_tokens`)."""
 
     min_budget_tokens: int
@@ -25,7 +27,7 @@ class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tile_tokens: int  # GEMM tile: knobs above one tile are cut down to whole tiles
 
 
-class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """The controller's decision: absolute and whole, so a lost message costs one iteration and nothing more.
 
     `sequence` grows with every decision about an engine (a new controller goes on from the echo in telemetry);
@@ -41,7 +43,7 @@ class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str = ""
 
 
-class InForce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class InForce(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """The knobs an iteration ran under; `sequence` and `iteration` echo the decision, which acknowledges it.
 
     `source` is "fallback" (the engine's own static knobs, sequence and iteration of the last decision kept) when no
@@ -55,7 +57,7 @@ class InForce(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: Literal["controller", "fallback"]
 
 
-class BatchComposition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class BatchComposition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """What one iteration computes.
 
     `prefill_attention_tokens2` is W = sum of c * (L + c/2) over the prefill chunks c at context L: the query-key pairs
@@ -76,7 +78,7 @@ class BatchComposition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.decode_tokens + self.prefill_tokens
 
 
-class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """Who waits after the batch was formed.
 
     The head prefill is the first request with prompt left to compute: the oldest running one, else the head of the
@@ -91,7 +93,7 @@ class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_context_tokens: int = 0
 
 
-class StageTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class StageTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One pipeline stage in one iteration; a bubble is idle time while there is work."""
 
     busy_s: float
@@ -99,7 +101,7 @@ class StageTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     microbatches_in_flight: int
 
 
-class Completion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Completion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """The measurements of an iteration that has ended.
 
     `tbt_s` has one entry for every output token that is not its request's first, `ttft_s` one for every first token.
@@ -114,7 +116,7 @@ class Completion(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stages: tuple[StageTimes, ...]
 
 
-class Telemetry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Telemetry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One message per iteration, at launch; an idle engine repeats its last iteration number with an empty batch.
 
     `engine_id` is new at every start of an engine. `dead_time_iterations` is how many iterations pass between the one

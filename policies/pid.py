@@ -1,9 +1,8 @@
 """PID: hold the windowed P99 TBT at a set point below the SLO."""
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
-
-import numpy as np
 
 from engine.protocol import Telemetry
 from policies.policy import Decision, Iteration, IterationLog
@@ -38,7 +37,7 @@ class Pid:
         self._reference_s = set_point * tbt_slo_s
         self._kp, self._ki, self._kd = kp, ki, kd
         self._log = IterationLog()
-        self._window: deque[tuple[float, int]] = deque(maxlen=window)  # (ln b_i, decode tokens)
+        self._window = WeightedWindow(window)  # of ln b_i, weighted by decode tokens
         self._log_budget = math.log(first.knobs.budget_tokens)
         self._errors: tuple[float, float] | None = None  # e', e''
 
@@ -49,8 +48,8 @@ class Pid:
         for batch, _, measured in news:
             tbt_s = max(measured.tbt_s)
             allowed = math.log(batch.total_tokens * self._reference_s / tbt_s)
-            self._window.append((allowed, len(measured.tbt_s)))
-        error = self._quantile() - self._log_budget
+            self._window.push(allowed, len(measured.tbt_s))
+        error = self._window.low_quantile(0.01) - self._log_budget
         last, before = self._errors or (error, error)
         self._log_budget += self._kp * (error - last) + self._ki * error + self._kd * (error - 2.0 * last + before)
         self._errors = (error, last)
@@ -66,12 +65,34 @@ class Pid:
             return False
         return batch.total_tokens >= 0.5 * knobs.budget_tokens or max(measured.tbt_s) > self._reference_s
 
-    def _quantile(self) -> float:
-        allowed, weights = np.array(self._window).T
-        order = np.argsort(allowed)
-        reached = np.cumsum(weights[order]) > 0.01 * weights.sum()
-        return float(allowed[order][np.argmax(reached)])
-
     def _decision(self, reason: str) -> Decision:
         budget = round(math.exp(self._log_budget))
         return Decision(budget, budget, f"pid {reason}")
+
+
+class WeightedWindow:
+    """The last `size` values with their weights, kept sorted, so that a low quantile is a few steps away."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._arrived: deque[tuple[float, int]] = deque()
+        self._sorted: list[tuple[float, int]] = []
+        self._total = 0
+
+    def push(self, value: float, weight: int) -> None:
+        if len(self._arrived) == self._size:
+            oldest = self._arrived.popleft()
+            del self._sorted[bisect_left(self._sorted, oldest)]
+            self._total -= oldest[1]
+        self._arrived.append((value, weight))
+        insort(self._sorted, (value, weight))
+        self._total += weight
+
+    def low_quantile(self, share: float) -> float:
+        """The smallest value with more than `share` of the weight at or below it. Raises IndexError when empty."""
+        rest = share * self._total
+        for value, weight in self._sorted:
+            rest -= weight
+            if rest < 0:
+                return value
+        return self._sorted[-1][0]

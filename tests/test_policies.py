@@ -6,6 +6,7 @@ from plant import Loop
 
 from engine.config import EngineConfig
 from policies.catalogue import parse_law
+from policies.pid import WeightedWindow
 
 
 def start(budget: int) -> EngineConfig:
@@ -86,3 +87,15 @@ def test_every_decision_gives_its_reason() -> None:
 def test_a_bad_policy_spec_says_what_would_do(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_law(spec)
+
+
+def test_the_window_gives_the_weighted_quantile_of_its_last_values() -> None:
+    random = np.random.default_rng(1)
+    window, kept = WeightedWindow(50), []
+    for _ in range(300):
+        value, weight = float(np.round(random.normal(), 1)), int(random.integers(1, 9))
+        window.push(value, weight)
+        kept = [*kept, (value, weight)][-50:]
+        repeated = sorted(v for v, w in kept for _ in range(w))
+        for share in (0.0, 0.01, 0.3, 0.9):
+            assert window.low_quantile(share) == repeated[int(share * len(repeated))]
