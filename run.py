@@ -20,6 +20,9 @@ from engine.link import CurveKeys, Endpoints
 Parser = argparse.ArgumentParser
 Verb = Callable[[argparse.Namespace], int]
 
+REFUSED = 2  # exit status for input that will not do, and would not the next time
+RESTART_S = 1.0  # a controller that dies at once is not started more often
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `pacer` command; returns the exit status."""
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, ConnectionError, OSError) as error:
         print(f"pacer {args.verb}: {error}", file=sys.stderr)
-        return 2
+        return REFUSED
 
 
 def _parser() -> Parser:
@@ -172,17 +175,17 @@ def _launch(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.append(True))
     server, sidecar = _child(_serve, args), _child(_control, args)
-    while not stopping and server.is_alive():
+    started_s = time.monotonic()
+    while not stopping and server.is_alive() and sidecar.exitcode != REFUSED:
         multiprocessing.connection.wait([server.sentinel, sidecar.sentinel], timeout=0.5)
-        if not sidecar.is_alive() and server.is_alive() and not stopping:
-            if sidecar.exitcode == 2:  # it refused its arguments, and would again
-                break
+        if sidecar.exitcode not in (None, REFUSED) and time.monotonic() - started_s > RESTART_S and not stopping:
             logging.warning("the controller died with exit status %s: starting it again", sidecar.exitcode)
-            sidecar = _child(_control, args)
+            sidecar, started_s = _child(_control, args), time.monotonic()
+    refused = REFUSED in (server.exitcode, sidecar.exitcode)
     for child in (sidecar, server):
         child.terminate()
         child.join()
-    return 0 if stopping else server.exitcode or sidecar.exitcode or 1
+    return 0 if stopping else REFUSED if refused else 1
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -229,7 +232,7 @@ def _run_child(run: Verb, args: argparse.Namespace, log_level: int) -> None:
         sys.exit(run(args))
     except (ValueError, OSError) as error:
         print(f"pacer {run.__name__[1:]}: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(REFUSED)
 
 
 def _tcp(addresses: str) -> Endpoints:

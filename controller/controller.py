@@ -6,7 +6,7 @@ from typing import Protocol
 
 from controller.guard import Guard
 from controller.journal import JournalRow
-from engine.protocol import VERSION, Knobs, Telemetry
+from engine.protocol import MAX_COUNT, VERSION, Knobs, Telemetry
 from policies.catalogue import Law
 
 logger = logging.getLogger(__name__)
@@ -53,13 +53,15 @@ class Controller:
     def tick(self, timeout_s: float) -> int:
         """Answer what has arrived, waiting up to `timeout_s` for the first; returns how many were answered."""
         messages = self._wire.receive(timeout_s)
+        newest = {telemetry.engine_id: telemetry for telemetry in messages}
         for telemetry in messages:
             now_ns = self._clock()
             decision = self._guard(telemetry, now_ns).decide(telemetry, now_ns)
             knobs, delivered = None, False
             if decision is not None:
                 knobs = Knobs(VERSION, telemetry.engine_id, self._next(telemetry), telemetry.iteration, *decision)
-                delivered = self._wire.send(knobs)
+                # In a backlog only the last answer is news; the law has seen them all.
+                delivered = telemetry is newest[telemetry.engine_id] and self._wire.send(knobs)
             if self._journal is not None:
                 self._journal.record(JournalRow(self._law.spec, now_ns, delivered, knobs, telemetry))
         return len(messages)
@@ -77,5 +79,7 @@ class Controller:
     def _next(self, telemetry: Telemetry) -> int:
         """Go on from the echo: another controller may have been here before."""
         sequence = max(self._sequence.get(telemetry.engine_id, 0), telemetry.knobs.sequence) + 1
+        if sequence >= MAX_COUNT:  # somebody's mischief; on its fallback the engine takes any number again
+            sequence = 1
         self._sequence[telemetry.engine_id] = sequence
         return sequence

@@ -9,14 +9,18 @@ from policies.policy import Decision, Policy
 
 logger = logging.getLogger(__name__)
 
+BINDING = 0.9  # a batch of so much of its budget was limited by it
+CLOCK_DRIFT = 1e-4  # clocks of two hosts drift apart by less
+
 
 @dataclass(frozen=True, slots=True)
 class GuardLimits:
     """`max_raise`: largest factor by which a law for an SLO may raise the budget at once (falling is not limited).
 
     `stale_s`: telemetry older than this is not acted on. `lock_in_s` and `room`: a budget that did not rise for so
-    long, with prompts waiting all the time, none fewer at the end, and every TBT below `room` times the SLO, is
-    locked in. `max_failures`: a law that raised so often is silenced, and the engine falls back to its own knobs.
+    long, spent by every batch, with prompts waiting all the time, none fewer at the end, and every TBT below `room`
+    times the SLO, is locked in. `max_failures`: a law that raised so often is silenced, and the engine falls back to
+    its own knobs.
     """
 
     max_raise: float = 2.0
@@ -43,7 +47,7 @@ class Guard:
         self._limits = limits
         self._watch = LockInWatch(law.tbt_slo_s, limits) if law.tbt_slo_s is not None else None
         self._failures = 0
-        self._clock_offset_ns: int | None = None
+        self._offset: tuple[int, int] | None = None  # between the clocks, and when it was reckoned
         self._last: Decision | None = None
 
     def decide(self, telemetry: Telemetry, now_ns: int) -> Decision | None:
@@ -55,11 +59,18 @@ class Guard:
         if wanted is None:
             return None
         age_s = self._age_s(telemetry, now_ns)
-        if age_s > self._limits.stale_s:
+        stale = age_s > self._limits.stale_s
+        if stale:
             wanted = self._last._replace(reason=f"stale: telemetry is {age_s:.1f} s old, holding")
-        sent = self._correct(wanted, telemetry)
-        self._last = sent
-        return sent
+        corrected = self._correct(wanted, telemetry)
+        if (stale or corrected.budget_tokens != wanted.budget_tokens) and not self._track(corrected):
+            return None
+        bounds = telemetry.bounds
+        self._last = corrected._replace(
+            budget_tokens=whole_tiles(corrected.budget_tokens, bounds),
+            chunk_tokens=whole_tiles(corrected.chunk_tokens, bounds),
+        )
+        return self._last
 
     def _ask(self, telemetry: Telemetry) -> Decision | None:
         if self._failures >= self._limits.max_failures:
@@ -70,17 +81,36 @@ class Guard:
             decision = self._law.decide(telemetry)
             return Decision(round(decision.budget_tokens), round(decision.chunk_tokens), decision.reason)
         except Exception:  # a law may be anyone's code; it must not take the other engines down with it
-            self._failures += 1
-            self._law = None
-            logger.exception("the law failed (%d of %d) on %s", self._failures, self._limits.max_failures, telemetry)
+            self._failed()
             return None
 
+    def _track(self, sent: Decision) -> bool:
+        """Tell the law what goes out instead of its decision; False if it fails."""
+        assert self._law is not None
+        try:
+            self._law.track(sent)
+        except Exception:  # as above
+            self._failed()
+            return False
+        return True
+
+    def _failed(self) -> None:
+        self._failures += 1
+        self._law = None
+        logger.exception("the law failed (%d of %d)", self._failures, self._limits.max_failures)
+
     def _age_s(self, telemetry: Telemetry, now_ns: int) -> float:
-        """Age above the youngest seen: clocks of two hosts have no common zero, their smallest distance stands in."""
+        """Age above the youngest seen: clocks of two hosts have no common zero, their smallest distance stands in.
+
+        That distance may grow by `CLOCK_DRIFT`, so that clocks that drift apart do not make all telemetry stale.
+        """
         distance_ns = now_ns - telemetry.scheduled_ns
-        if self._clock_offset_ns is None or distance_ns < self._clock_offset_ns:
-            self._clock_offset_ns = distance_ns
-        return (distance_ns - self._clock_offset_ns) * 1e-9
+        if self._offset is None:
+            self._offset = distance_ns, now_ns
+        offset_ns, since_ns = self._offset
+        offset_ns = min(distance_ns, offset_ns + round(CLOCK_DRIFT * (now_ns - since_ns)))
+        self._offset = offset_ns, now_ns
+        return (distance_ns - offset_ns) * 1e-9
 
     def _correct(self, wanted: Decision, telemetry: Telemetry) -> Decision:
         assert self._last is not None
@@ -96,11 +126,7 @@ class Guard:
         if clamped != budget:
             reason = f"{reason}; clamped, wanted {budget}"
         chunk = wanted.chunk_tokens if wanted.chunk_tokens < wanted.budget_tokens else clamped
-        corrected = Decision(clamped, min(clamp(chunk, bounds), clamped), reason)
-        if clamped != wanted.budget_tokens and self._law is not None:
-            self._law.track(corrected)
-        tiled = whole_tiles(corrected.budget_tokens, bounds), whole_tiles(corrected.chunk_tokens, bounds)
-        return corrected._replace(budget_tokens=tiled[0], chunk_tokens=tiled[1])
+        return Decision(clamped, min(clamp(chunk, bounds), clamped), reason)
 
 
 class LockInWatch:
@@ -124,6 +150,10 @@ class LockInWatch:
             self._since, self._floor = None, 0
             return 0
         now_ns = telemetry.scheduled_ns
+        if telemetry.batch.total_tokens < BINDING * telemetry.knobs.budget_tokens:
+            # Seats or KV blocks hold the queue up: a larger budget would not help, and would strike when they are free.
+            self._since = None
+            return self._floor
         if self._since is None:
             self._since = now_ns, budget_tokens, due
         started_ns, first_budget, first_due = self._since

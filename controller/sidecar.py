@@ -40,7 +40,7 @@ def run(options: SidecarOptions) -> int:
         signal.signal(number, lambda *_: stopping.append(True))
     parent = multiprocessing.parent_process()
     link = ControllerLink(zmq.Context(), options.engines, options.keys)
-    journal = Journal(options.journal_folder, options.socket_dir) if options.journal_folder else None
+    journal = Journal(options.journal_folder, options.socket_dir, options.clock) if options.journal_folder else None
     controller = Controller(link, options.law, journal, options.clock)
     gc.freeze()  # what lives for ever need not be walked through between two decisions
     logger.info("controlling %d engine(s) by %s", len(options.engines), options.law.spec)

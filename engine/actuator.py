@@ -23,7 +23,8 @@ class Actuator:
             )
             self._received_ns = now_ns
         elif self._in_force.source == "controller" and now_ns - self._received_ns > self._ttl_ns:
-            # The sequence stays, so that a new controller knows where to go on.
+            # The echo keeps the sequence, so that a new controller knows where to go on.
+            self._link.forget()
             last = self._in_force
             self._in_force = InForce(
                 self._fallback.budget_tokens, self._fallback.chunk_tokens, last.sequence, last.iteration, "fallback"

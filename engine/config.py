@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from engine.batching import SCHEDULES
 from engine.protocol import Bounds
+
+MAX_TTL_S = 3600.0
 
 ScheduleName = Literal["stall-free", "prefill-first", "orca", "request-level", "chunks-only"]
 
@@ -42,6 +45,10 @@ class EngineConfig:
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_model_tokens < 2:
+            raise ValueError("max_model_tokens is 1; it must leave room for a prompt and an output")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}")
         if not 1 <= self.min_budget_tokens <= self.max_budget_tokens:
             raise ValueError(
                 f"min_budget_tokens {self.min_budget_tokens} must be between 1 and max_budget_tokens "
@@ -68,8 +75,8 @@ class EngineConfig:
                 f"schedule {self.schedule!r} runs whole prompts, but max_budget_tokens {self.max_budget_tokens} is "
                 f"below max_model_tokens {self.max_model_tokens}: raise the one or lower the other"
             )
-        if self.knobs_ttl_s <= 0:
-            raise ValueError(f"knobs_ttl_s is {self.knobs_ttl_s}; it must be positive")
+        if not 0 < self.knobs_ttl_s <= MAX_TTL_S:
+            raise ValueError(f"knobs_ttl_s is {self.knobs_ttl_s}; it must be above 0 and at most {MAX_TTL_S:.0f}")
 
     @property
     def bounds(self) -> Bounds:

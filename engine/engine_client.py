@@ -157,7 +157,7 @@ class EngineClient:
         now_ns = self._clock()
         for number, (request_id, (prompt_ids, sampling)) in enumerate(zip(request_ids, requests, strict=True)):
             self._open[request_id] = _Open(generation, number, len(prompt_ids), now_ns)
-            self._send(Submit(request_id, prompt_ids, sampling))
+            self._send(Submit(request_id, prompt_ids, sampling, now_ns))
         return generation
 
     def end(self, request_id: str, reason: FinishReason) -> bool:

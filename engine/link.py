@@ -4,13 +4,15 @@ The engine binds, the controller connects, and ZeroMQ reconnects by itself, so t
 come back. ipc in a directory of mode 0700 by default; tcp only with CURVE keys.
 """
 
+import fcntl
 import logging
 import os
 import stat
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 
 import zmq
 import zmq.auth
@@ -21,7 +23,7 @@ from engine.protocol import Bounds, Knobs, Rejected, Telemetry, decode_knobs, de
 logger = logging.getLogger(__name__)
 
 MAX_IPC_PATH = 100  # the kernel's limit for a socket path is 107 bytes
-MAX_KNOBS_A_STEP = 64  # a flood of messages must not hold up an iteration
+MAX_KNOBS_A_STEP = 256  # a flood of messages must not hold up an iteration
 ZAP_DOMAIN = "pacer"
 
 
@@ -40,14 +42,33 @@ class Endpoints:
 
         Raises ValueError if the path is too long for a socket, or if others could get into the directory.
         """
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = directory.stat()
-        if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
-            raise ValueError(f"{directory} is open to other users: chmod 700 it, or choose another with --socket-dir")
+        make_private(directory)
         base = f"{directory}/{name}"
         if len(base) > MAX_IPC_PATH - len(".telemetry"):
             raise ValueError(f"socket path {base!r} is too long for the kernel: choose a shorter --socket-dir")
         return cls(*(f"ipc://{base}.{socket}" for socket in ("telemetry", "knobs", "requests", "outputs")))
+
+    def claim(self) -> IO[bytes]:
+        """Take the name for as long as the returned file is open: binding would take over a living engine's sockets.
+
+        Raises ValueError if another engine has it.
+        """
+        path = Path(self.telemetry.removeprefix("ipc://")).with_suffix(".lock")
+        file = path.open("wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"an engine named {path.stem!r} runs in {path.parent}: choose another --name") from None
+        return file
+
+
+def make_private(directory: Path) -> None:
+    """Make a directory of mode 0700. Raises ValueError if it exists and others could get into it."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.stat()
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        raise ValueError(f"{directory} is open to other users: chmod 700 it, or choose another with --socket-dir")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +101,8 @@ class Link(Protocol):
 
     def poll(self) -> Knobs | None: ...
 
+    def forget(self) -> None: ...
+
 
 class EngineLink:
     """The engine's end: binds both sockets, never waits for anyone."""
@@ -106,7 +129,7 @@ class EngineLink:
             for socket, address in ((self._telemetry, place.telemetry), (self._knobs, place.knobs)):
                 _secure(socket, address, keys, server=True)
                 socket.linger = 0
-                socket.bind(address)
+                _open(socket.bind, address)
 
     def publish(self, telemetry: Telemetry) -> None:
         """Send and forget: a subscriber that cannot follow loses messages, the engine loses no time."""
@@ -125,6 +148,10 @@ class EngineLink:
             if not _readable(self._knobs):
                 break
         return newest
+
+    def forget(self) -> None:
+        """Take any sequence number again: whoever counted so far is gone."""
+        self._sequence = 0
 
     def _accept(self, data: bytes) -> Knobs:
         knobs = decode_knobs(data, self._engine_id, self._bounds)
@@ -171,7 +198,7 @@ class ControllerLink:
                 socket.linger = 0
                 socket.reconnect_ivl = 50
                 socket.reconnect_ivl_max = 500
-                socket.connect(address)
+                _open(socket.connect, address)
             self._poller.register(telemetry, zmq.POLLIN)
             self._knobs[telemetry] = knobs
 
@@ -204,6 +231,13 @@ class ControllerLink:
         for telemetry, knobs in self._knobs.items():
             telemetry.close()
             knobs.close()
+
+
+def _open(bind_or_connect: Callable[[str], object], address: str) -> None:
+    try:
+        bind_or_connect(address)
+    except zmq.ZMQError as error:
+        raise ValueError(f"cannot use the address {address!r}: {error}") from error
 
 
 def _readable(socket: "zmq.Socket[bytes]") -> bool:
@@ -250,3 +284,6 @@ class MemoryLink:
     def poll(self) -> Knobs | None:
         newest, self.inbox = self.inbox, None
         return newest
+
+    def forget(self) -> None:
+        pass

@@ -44,6 +44,7 @@ class ModelRunner:
         if threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
+        self.vocab_size = model.vocab_size
         self.transformer = Transformer(model, weights, config.max_model_tokens)
         self.kv_cache = allocate_kv_cache(
             model, config.kv_blocks, config.block_tokens, self.transformer.embedding.dtype

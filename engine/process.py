@@ -15,6 +15,7 @@ import zmq
 from engine.config import EngineConfig, ModelSource
 from engine.core import EngineCore, Runner
 from engine.link import CurveKeys, Endpoints, EngineLink, MemoryLink
+from engine.protocol import MALFORMED
 from engine.request import Abort, FinishReason, SamplingParams, Submit, ToEngine, TokenOutput
 from engine.scheduler import Scheduler
 
@@ -24,7 +25,8 @@ logger = logging.getLogger(__name__)
 class RequestGate:
     """The engine's sockets to the HTTP server: requests in, tokens out, neither ever waited for by a step."""
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoints: Endpoints) -> None:
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", endpoints: Endpoints, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self._requests = context.socket(zmq.PULL)
         self._outputs = context.socket(zmq.PUSH)
         self._outputs.sndhwm = 0  # tokens of a slow server wait in memory, not in the step
@@ -51,17 +53,23 @@ class RequestGate:
                 message = self._decoder.decode(self._requests.recv(zmq.NOBLOCK))
             except zmq.Again:
                 return
-            except msgspec.MsgspecError as error:
+            except MALFORMED as error:
                 logger.warning("ignored a message on the request socket: %s", error)
                 continue
             if isinstance(message, Abort):
                 scheduler.abort(message)
                 continue
             try:
+                self._check_ids(message)
                 scheduler.submit(message, clock())
             except ValueError as error:
                 logger.warning("refused: %s", error)
                 self.send([TokenOutput(message.request_id, -1, FinishReason.ABORT)])
+
+    def _check_ids(self, submit: Submit) -> None:
+        strangers = [token for token in submit.prompt_ids if not 0 <= token < self._vocab_size]
+        if strangers:
+            raise ValueError(f"request {submit.request_id!r}: token {strangers[0]} is not among {self._vocab_size}")
 
     def send(self, tokens: list[TokenOutput]) -> None:
         # Without a server to take them, tokens have no reader: its requests died with it.
@@ -103,13 +111,14 @@ def main(
         # Imported here: the parent, the HTTP server, imports this module to start it and needs no model code.
         from engine.loader import load_runner  # noqa: PLC0415
 
-        runner: Runner = load_runner(source, config, clock)
+        claim = places[0].claim()
+        runner = load_runner(source, config, clock)
         _warm_up(config, runner, clock)
         engine_id = f"{config.name}-{clock():x}"  # the clock has moved on since any earlier start
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         link = EngineLink(context, places, engine_id, config.bounds, keys)
-        gate = RequestGate(context, places[0])
-    except (ValueError, OSError, zmq.ZMQError) as error:
+        gate = RequestGate(context, places[0], runner.vocab_size)
+    except (ValueError, OSError, RuntimeError, zmq.ZMQError) as error:  # RuntimeError: torch, out of memory
         ready.send(str(error))
         return
     gc.freeze()  # a collection that walks through all that was loaded would hold up a step
@@ -117,12 +126,14 @@ def main(
     ready.send("")
     run_loop(core, gate, clock, config.knobs_ttl_s / 4)
     link.close()
+    claim.close()
 
 
 def _warm_up(config: EngineConfig, runner: Runner, clock: Callable[[], int]) -> None:
     """Compile and allocate before the first request, by serving one of our own outside the telemetry."""
     core = EngineCore("warm-up", config, Scheduler(config), runner, MemoryLink(), clock)
-    prompt_tokens = max(1, min(64, config.max_model_tokens - 4))
-    core.scheduler.submit(Submit("warm-up", [0] * prompt_tokens, SamplingParams(max_tokens=3)), clock())
+    prompt_tokens = min(64, config.max_model_tokens - 1)
+    max_tokens = min(3, config.max_model_tokens - prompt_tokens)
+    core.scheduler.submit(Submit("warm-up", [0] * prompt_tokens, SamplingParams(max_tokens)), clock())
     while core.scheduler.has_work:
         core.step()

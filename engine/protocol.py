@@ -15,6 +15,9 @@ from typing import Literal, TypeVar
 import msgspec
 
 VERSION = 1
+MAX_COUNT = 2**53  # sequences and iterations stay below, so that every language reads them exactly
+MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding bytes from a socket may raise."""
 
 M = TypeVar("M", "Knobs", "Telemetry")
 
@@ -82,7 +85,8 @@ class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fal
     """Who waits after the batch was formed.
 
     The head prefill is the first request with prompt left to compute: the oldest running one, else the head of the
-    waiting queue.
+    waiting queue. The oldest wait counts from the arrival of the head of the waiting queue, which may have run before
+    it was preempted.
     """
 
     running_requests: int = 0
@@ -179,13 +183,16 @@ def decode_knobs(data: bytes, engine_id: str, bounds: Bounds) -> Knobs:
     ):
         if not low <= value <= high:
             raise Rejected("bounds", f"{name} {value} is outside the launch bounds {low}..{high}")
+    for name, value in (("sequence", knobs.sequence), ("iteration", knobs.iteration)):
+        if not 0 <= value < MAX_COUNT:
+            raise Rejected("bounds", f"{name} {value} is outside 0..{MAX_COUNT - 1}")
     return knobs
 
 
 def _decode(decoder: "msgspec.msgpack.Decoder[M]", data: bytes) -> M:
     try:
         message = decoder.decode(data)
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         _check_version(data)
         raise Rejected("garbage", f"not a message of this protocol: {error}") from error
     if message.version != VERSION:
@@ -195,7 +202,7 @@ def _decode(decoder: "msgspec.msgpack.Decoder[M]", data: bytes) -> M:
 
 def _check_version(data: bytes) -> None:
     """Another version may have other fields, so that is asked first of what cannot be read."""
-    with contextlib.suppress(msgspec.MsgspecError):
+    with contextlib.suppress(*MALFORMED):
         version = _version_decoder.decode(data).version
         if version != VERSION:
             raise Rejected("version", f"protocol version {version}, this side speaks {VERSION}")

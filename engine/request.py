@@ -3,6 +3,7 @@
 The HTTP server and the engine are two processes; they exchange these structs over ZeroMQ, token ids only.
 """
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -29,6 +30,16 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if not 0.0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k is {self.top_k}; it must be from 0 to 2147483647")
+
 
 class FinishReason(StrEnum):
     STOP = "stop"
@@ -42,6 +53,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     request_id: str
     prompt_ids: list[int]
     sampling: SamplingParams
+    arrival_ns: int | None = None  # when the server got it, by the host's monotonic clock; None: when the engine does
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

@@ -65,6 +65,8 @@ def sample(logits: torch.Tensor, plan: SamplingPlan | None) -> list[int]:
         chosen = logits.index_select(0, plan.rows).double()
         # The maximum goes to 0 first: a minute temperature then leads to greedy, not to an overflow.
         scaled = (chosen - chosen.amax(dim=-1, keepdim=True)) / plan.temperature[:, None]
+        # A model that overflows gives NaN: any token then, rather than an end of the engine.
+        scaled = scaled.nan_to_num(nan=0.0, neginf=-torch.inf)
         drawn = torch.empty_like(plan.rows)
         free = ~plan.filtered
         drawn[free] = _draw(scaled[free].softmax(dim=-1), plan.uniform[free])

@@ -55,8 +55,8 @@ class Scheduler:
     def submit(self, submit: Submit, now_ns: int) -> None:
         """Queue a request. Raises ValueError if it cannot ever run here (the server has checked; others may not)."""
         total = len(submit.prompt_ids) + submit.sampling.max_tokens
-        if not submit.prompt_ids or submit.sampling.max_tokens < 1:
-            raise ValueError(f"request {submit.request_id!r} needs a prompt and max_tokens of at least 1")
+        if not submit.prompt_ids:
+            raise ValueError(f"request {submit.request_id!r} has no prompt: it needs one token at least")
         if total > self.config.max_model_tokens:
             raise ValueError(
                 f"request {submit.request_id!r} may grow to {total} tokens, the model length is "
@@ -67,7 +67,9 @@ class Scheduler:
         if not self._free_slots:
             self._grow()
         slot = self._free_slots.pop()
-        request = Request(submit, slot, seed=hash((self.config.seed, self._submitted)) & (2**63 - 1), arrival_ns=now_ns)
+        seed = hash((self.config.seed, self._submitted)) & (2**63 - 1)
+        arrival_ns = now_ns if submit.arrival_ns is None else min(submit.arrival_ns, now_ns)
+        request = Request(submit, slot, seed, arrival_ns)
         self._submitted += 1
         self._by_id[request.id] = self._by_slot[slot] = request
         self.waiting.append(request)

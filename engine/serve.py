@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import multiprocessing
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -49,6 +50,8 @@ class ServeOptions:
 
 def serve(options: ServeOptions) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit status. Raises ValueError if the engine cannot start."""
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"port {options.port} does not exist: choose one below 65536")
     tokenizer = load_tokenizer(options.source.folder)
     model_config = read_model_config(options.source.folder) if options.source.folder else PACER_26M
     engine = _start_engine(options)
@@ -66,10 +69,11 @@ def serve(options: ServeOptions) -> int:
         app = build_app(client, tokenizer, model, metrics, clocks.wall_s, clocks.new_id)
         server = http_server(app, options.host, options.port)
         logger.info("serving %s at http://%s:%d, engine process %d", model.name, options.host, options.port, engine.pid)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # uvicorn shuts down in order and then passes the signal on to this handler: all has been done.
+            signal.signal(number, lambda *_: None)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             return runner.run(_serve_http(server, client, engine))
-    except KeyboardInterrupt:  # uvicorn has shut down in order, and then passes the signal on
-        return 0
     finally:
         stop_process(engine)
 
@@ -94,6 +98,9 @@ def _start_engine(options: ServeOptions) -> BaseProcess:
     except EOFError:
         engine.join()
         reason = f"the engine process died with exit status {engine.exitcode} while starting"
+    except KeyboardInterrupt:
+        stop_process(engine)
+        raise
     if reason:
         stop_process(engine)
         raise ValueError(reason)
@@ -113,10 +120,12 @@ async def _serve_http(server: uvicorn.Server, client: EngineClient, engine: Base
         server.should_exit = True
 
     def parent_died() -> None:
+        assert parent is not None
+        loop.remove_reader(parent.sentinel)
         server.should_exit = True
 
-    loop.add_reader(engine.sentinel, engine_died)
     parent = multiprocessing.parent_process()
+    loop.add_reader(engine.sentinel, engine_died)
     if parent is not None:
         loop.add_reader(parent.sentinel, parent_died)
     await server.serve()

@@ -1,5 +1,7 @@
 """Additive increase, multiplicative decrease: back off on a breach, probe when healthy."""
 
+from typing import ClassVar
+
 from engine.protocol import Telemetry
 from policies.policy import Decision, IterationLog
 
@@ -13,6 +15,8 @@ class Aimd:
     After a back-off it waits out the dead time, so that one breach is not punished twice. Iterations that did not
     spend their budget say nothing about it and change nothing.
     """
+
+    RANGES: ClassVar = {"backoff": (0.1, 0.99), "probe": (1, 4096), "probe_below": (0.1, 1.0)}
 
     def __init__(
         self,
@@ -32,10 +36,9 @@ class Aimd:
 
     def decide(self, telemetry: Telemetry) -> Decision:
         reason = "aimd hold"
-        for batch, knobs, measured in self._log.completed(telemetry):
-            if not measured.tbt_s or batch.prefill_tokens == 0:
+        for batch, knobs, measured, worst_s in self._log.completed(telemetry):
+            if worst_s is None or batch.prefill_tokens == 0:
                 continue
-            worst_s = max(measured.tbt_s)
             if worst_s > self._tbt_slo_s and measured.iteration >= self._hold_until_iteration:
                 self._budget = self._backoff * min(self._budget, batch.total_tokens)
                 self._hold_until_iteration = telemetry.iteration + telemetry.dead_time_iterations

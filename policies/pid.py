@@ -3,6 +3,7 @@
 import math
 from bisect import bisect_left, insort
 from collections import deque
+from typing import ClassVar
 
 from engine.protocol import Telemetry
 from policies.policy import Decision, Iteration, IterationLog
@@ -23,6 +24,14 @@ class Pid:
     Only iterations that tell something about the budget enter the window: those with prefill tokens that spent at
     least half of their budget, or that missed the set point. Without any new one the budget is held.
     """
+
+    RANGES: ClassVar = {
+        "set_point": (0.1, 1.0),
+        "kp": (0.0, 2.0),
+        "ki": (0.0, 1.0),
+        "kd": (0.0, 1.0),
+        "window": (1, 10_000),
+    }
 
     def __init__(
         self,
@@ -45,10 +54,10 @@ class Pid:
         news = [it for it in self._log.completed(telemetry) if self._tells(it)]
         if not news:
             return self._decision("hold: no batch spent the budget")
-        for batch, _, measured in news:
-            tbt_s = max(measured.tbt_s)
-            allowed = math.log(batch.total_tokens * self._reference_s / tbt_s)
-            self._window.push(allowed, len(measured.tbt_s))
+        for iteration in news:
+            assert iteration.tbt_s is not None
+            allowed = math.log(iteration.batch.total_tokens * self._reference_s / iteration.tbt_s)
+            self._window.push(allowed, len(iteration.measured.tbt_s))
         error = self._window.low_quantile(0.01) - self._log_budget
         last, before = self._errors or (error, error)
         self._log_budget += self._kp * (error - last) + self._ki * error + self._kd * (error - 2.0 * last + before)
@@ -60,10 +69,10 @@ class Pid:
         self._log_budget = math.log(sent.budget_tokens)
 
     def _tells(self, iteration: Iteration) -> bool:
-        batch, knobs, measured = iteration
-        if not measured.tbt_s or batch.prefill_tokens == 0:
+        batch, knobs, _, tbt_s = iteration
+        if tbt_s is None or batch.prefill_tokens == 0:
             return False
-        return batch.total_tokens >= 0.5 * knobs.budget_tokens or max(measured.tbt_s) > self._reference_s
+        return batch.total_tokens >= 0.5 * knobs.budget_tokens or tbt_s > self._reference_s
 
     def _decision(self, reason: str) -> Decision:
         budget = round(math.exp(self._log_budget))

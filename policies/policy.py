@@ -29,11 +29,17 @@ class Policy(Protocol):
 
 
 class Iteration(NamedTuple):
-    """A completed iteration: what it computed, under which knobs, and how long it took."""
+    """A completed iteration: what it computed, under which knobs, and how long it took.
+
+    `tbt_s` is the longest gap that this iteration is to blame for: the gap of a request that was preempted in between
+    is longer than the time since the completion before, and says nothing about the budget. None without any token
+    that waited.
+    """
 
     batch: BatchComposition
     knobs: InForce
     measured: Completion
+    tbt_s: float | None
 
 
 class IterationLog:
@@ -43,14 +49,22 @@ class IterationLog:
 
     def __init__(self) -> None:
         self._launched: OrderedDict[int, tuple[BatchComposition, InForce]] = OrderedDict()
+        self._last_completed_ns: int | None = None
 
     def completed(self, telemetry: Telemetry) -> Iterator[Iteration]:
         """The iterations that this message completes, of those whose launch was seen."""
         for completion in telemetry.completed:
             launched = self._launched.pop(completion.iteration, None)
             if launched is not None:
-                yield Iteration(*launched, completion)
+                yield Iteration(*launched, completion, self._blame(completion))
+            self._last_completed_ns = completion.completed_ns
         if telemetry.batch.total_tokens > 0:
             self._launched[telemetry.iteration] = (telemetry.batch, telemetry.knobs)
             while len(self._launched) > self._KEPT:
                 self._launched.popitem(last=False)
+
+    def _blame(self, completion: Completion) -> float | None:
+        if not completion.tbt_s:
+            return None
+        began_ns = completion.scheduled_ns if self._last_completed_ns is None else self._last_completed_ns
+        return min(max(completion.tbt_s), (completion.completed_ns - began_ns) * 1e-9)

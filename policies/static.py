@@ -1,5 +1,7 @@
 """Fixed knobs: the baseline of every comparison."""
 
+from typing import ClassVar
+
 from engine.protocol import Telemetry
 from policies.policy import Decision
 
@@ -9,6 +11,8 @@ class Static:
 
     `budget` 0 keeps the knobs found in force; `chunk` 0 means as large as the budget.
     """
+
+    RANGES: ClassVar = {"budget": (0, 2**31), "chunk": (0, 2**31)}
 
     def __init__(self, first: Telemetry, budget: int = 0, chunk: int = 0) -> None:
         budget = budget or first.knobs.budget_tokens

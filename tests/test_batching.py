@@ -234,7 +234,7 @@ def test_a_shared_prefix_is_computed_once() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "message"),
-    [([], 5, "needs a prompt"), ([1], 0, "needs a prompt"), ([1] * 150, 11, "model length is 160")],
+    [([], 5, "has no prompt"), ([1], 0, "max_tokens is 0"), ([1] * 150, 11, "model length is 160")],
 )
 def test_a_request_that_cannot_run_is_refused_with_the_reason(prompt: list[int], max_tokens: int, message: str) -> None:
     scheduler = Scheduler(make_config())

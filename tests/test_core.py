@@ -6,6 +6,7 @@ from plant import Loop
 
 from engine.config import EngineConfig
 from engine.protocol import VERSION, Knobs
+from engine.request import SamplingParams, Submit
 
 
 def knobs(sequence: int, iteration: int, budget: int, chunk: int) -> Knobs:
@@ -71,6 +72,25 @@ def test_without_knobs_for_the_time_to_live_the_engine_is_on_its_fallback() -> N
     assert sources[-1].sequence == 1, "a new controller must know where to go on"
 
 
+def test_time_to_first_token_counts_from_the_servers_arrival() -> None:
+    loop = Loop(None, fixed_s=0.01, per_token_s=0.0)
+    arrival_ns = loop.clock() - 300_000_000
+    loop.core.scheduler.submit(Submit("a", [0] * 5, SamplingParams(2), arrival_ns), loop.clock())
+    for _ in range(3):
+        loop.step()
+    assert loop.completions()[0].ttft_s == pytest.approx((0.31,))
+
+
+def test_after_its_fallback_an_engine_takes_any_sequence_again() -> None:
+    loop = Loop(None, config=EngineConfig(knobs_ttl_s=0.05))
+    forgotten = []
+    loop.link.forget = lambda: forgotten.append(loop.clock())  # type: ignore[method-assign]
+    loop.link.inbox = knobs(2**53 - 1, 0, 512, 512)
+    for _ in range(20):
+        loop.step()
+    assert len(forgotten) == 1
+
+
 def test_a_request_that_ends_leaves_nothing_behind() -> None:
     loop = Loop(None)
     for i in range(5):
@@ -89,6 +109,9 @@ def test_a_request_that_ends_leaves_nothing_behind() -> None:
         ({"schedule": "orca", "max_budget_tokens": 512}, "whole prompts"),
         ({"max_requests": 5000}, "5000 decodes"),
         ({"knobs_ttl_s": 0.0}, "knobs_ttl_s"),
+        ({"knobs_ttl_s": float("inf")}, "knobs_ttl_s"),
+        ({"schedule": "bogus"}, "not one of stall-free"),
+        ({"max_model_tokens": 1}, "room for a prompt"),
     ],
 )
 def test_a_configuration_that_cannot_work_is_refused_with_the_remedy(changes: dict[str, object], message: str) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import pytest
 from plant import Loop
 
@@ -123,6 +124,45 @@ def test_a_law_locked_in_at_the_floor_is_overruled_and_lets_go_when_the_queue_is
         loop.step()
     loop.step()
     assert loop.step().knobs.budget_tokens == 16
+
+
+def test_a_queue_held_up_by_seats_is_not_taken_for_lock_in() -> None:
+    config = EngineConfig(budget_tokens=256, chunk_tokens=256, max_requests=8)
+    loop = Loop(None, 0.1, config)
+    loop.control_by(Law("scripted", 0.1, lambda _: Scripted(say(256))))
+    loop.run_saturated(30, streams=12)
+    assert loop.link.published[-1].queue.waiting_requests > 2
+    assert set(loop.budgets) == {256}
+
+
+def test_a_law_whose_tracking_fails_is_silenced_too() -> None:
+    class Untrackable(Scripted):
+        def track(self, sent: Decision) -> None:
+            raise RuntimeError("bug")
+
+    loop, guard = Loop(None), Guard(Law("scripted", 0.1, lambda _: Untrackable(say(10_000))))
+    assert [guard.decide(telemetry_of(loop), loop.clock()) for _ in range(5)] == [None] * 5
+
+
+def test_a_law_is_told_of_a_stale_hold_and_does_not_wind_up() -> None:
+    law = Scripted(say(128), say(128), say(2048))
+    loop = guarded(law, 256)
+    for _ in range(2):
+        telemetry_of(loop)
+    assert loop.controller is not None
+    loop.controller._guards["e-1"].decide(loop.link.published[-1], loop.clock() + 3 * SECOND_NS)
+    assert law.tracked[-1].budget_tokens == 128
+
+
+def test_clocks_that_drift_apart_do_not_make_telemetry_stale() -> None:
+    loop, guard = Loop(None), Guard(Law("scripted", 0.1, lambda _: Scripted(say(128))))
+    telemetry = telemetry_of(loop)
+    for minute in range(0, 24 * 60):
+        here_ns = minute * 60 * SECOND_NS
+        there_ns = round(here_ns * (1 - 3e-5))
+        decision = guard.decide(msgspec.structs.replace(telemetry, scheduled_ns=there_ns), here_ns)
+        assert decision is not None
+        assert "stale" not in decision.reason
 
 
 def test_a_budget_fixed_by_the_user_is_never_overruled() -> None:

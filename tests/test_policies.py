@@ -62,6 +62,20 @@ def test_aimd_backs_off_on_a_breach_and_probes_when_healthy() -> None:
     assert np.mean(loop.budgets[-200:]) > 300, "and makes use of the room"
 
 
+@pytest.mark.parametrize("law", ["pid", "aimd"])
+def test_the_gap_of_a_preempted_request_is_not_blamed_on_the_budget(law: str) -> None:
+    """KV blocks run out again and again; requests then wait for seconds, while no step takes longer."""
+    roomy, tight = (
+        Loop(law, 0.1, EngineConfig(budget_tokens=256, chunk_tokens=256, kv_blocks=blocks), noise=0.04)
+        for blocks in (4096, 300)
+    )
+    for loop in (roomy, tight):
+        loop.run_saturated(60)
+    assert tight.core.scheduler.preemptions > 5
+    assert max(gap for c in tight.completions() for gap in c.tbt_s) > 1.0
+    assert np.median(tight.budgets[-300:]) > 0.7 * np.median(roomy.budgets[-300:])
+
+
 def test_static_keeps_its_knobs_whatever_happens() -> None:
     loop = Loop("static:budget=512,chunk=128", 0.001, start(256))
     loop.run_saturated(5)
@@ -80,8 +94,10 @@ def test_every_decision_gives_its_reason() -> None:
     [
         ("magic", "unknown policy 'magic': choose from static, pid, aimd"),
         ("pid:gain=3", "no parameter 'gain': it has set_point"),
-        ("pid:kp=fast", "kp='fast' is not a float"),
-        ("static:budget=1.5", "budget='1.5' is not a int"),
+        ("pid:kp=fast", "kp='fast' is not of type float"),
+        ("pid:set_point=nan", "set_point=nan is outside 0.1 to 1.0"),
+        ("pid:window=0", "window=0 is outside 1 to 10000"),
+        ("static:budget=1.5", "budget='1.5' is not of type int"),
     ],
 )
 def test_a_bad_policy_spec_says_what_would_do(spec: str, message: str) -> None:

@@ -47,6 +47,8 @@ BAD_KNOBS = {
     "other engine": ("engine", KNOBS | {"engine_id": "f"}),
     "budget too small": ("bounds", KNOBS | {"budget_tokens": 15}),
     "budget too large": ("bounds", KNOBS | {"budget_tokens": 2049}),
+    "sequence without end": ("bounds", KNOBS | {"sequence": 2**64 - 1}),
+    "negative iteration": ("bounds", KNOBS | {"iteration": -1}),
     "chunk negative": ("bounds", KNOBS | {"chunk_tokens": -1}),
 }
 
@@ -85,7 +87,13 @@ def test_bad_knobs_are_rejected_by_kind(name: str) -> None:
     assert caught.value.kind == kind
 
 
-@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x00" * 100, b"not msgpack at all", bytes(range(256)) * 50])
+BAD_UTF8 = b"\x82\xa7version\x01\xa1\xff\x01"
+NESTED = b"\x91" * 200_000
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xc1", BAD_UTF8, NESTED, b"\x00" * 100, b"not msgpack at all", bytes(range(256)) * 50]
+)
 def test_garbage_bytes_are_rejected(data: bytes) -> None:
     with pytest.raises(Rejected):
         decode_knobs(data, "e", BOUNDS)
@@ -149,9 +157,10 @@ def test_bad_messages_on_the_socket_change_nothing_but_counters(wire: Wire) -> N
     for kind, message in BAD_KNOBS.values():
         wire.raw.send(msgspec.msgpack.encode(message))
         expected[kind] = expected.get(kind, 0) + 1
-    wire.raw.send(b"\xff\xfe garbage")
-    expected["garbage"] += 1
-    while wire.engine.rejected < len(BAD_KNOBS) + 1:
+    for garbage in (b"\xff\xfe garbage", BAD_UTF8, NESTED):
+        wire.raw.send(garbage)
+        expected["garbage"] += 1
+    while wire.engine.rejected < len(BAD_KNOBS) + 3:
         assert wire.poll() is None
     assert wire.engine.rejections == expected
     assert wire.engine.poll() is None
@@ -159,15 +168,15 @@ def test_bad_messages_on_the_socket_change_nothing_but_counters(wire: Wire) -> N
 
 def test_a_flood_does_not_hold_up_the_engine(wire: Wire) -> None:
     wire.handshake()
-    for _ in range(900):
+    for _ in range(2000):
         wire.raw.send(b"flood")
     polls = 0
-    while wire.engine.rejected < 900:
+    while wire.engine.rejected < 2000:
         before = wire.engine.rejected
         wire.poll()
         polls += 1
-        assert wire.engine.rejected - before <= 64
-    assert polls >= 900 // 64
+        assert wire.engine.rejected - before <= 256
+    assert polls >= 2000 // 256
 
 
 def tcp_endpoints() -> Endpoints:
@@ -224,6 +233,13 @@ def test_tcp_with_keys_serves_the_one_peer_and_no_other(tmp_path: Path) -> None:
     for end in (engine, friend, stranger):
         end.close()
     context.destroy(linger=0)
+
+
+def test_a_name_in_use_is_refused_and_free_again_afterwards(tmp_path_factory: pytest.TempPathFactory) -> None:
+    endpoints = Endpoints.ipc(tmp_path_factory.mktemp("s"), "e")
+    with endpoints.claim(), pytest.raises(ValueError, match="another --name"):
+        endpoints.claim()
+    endpoints.claim().close()
 
 
 def test_a_socket_directory_open_to_others_is_refused(tmp_path: Path) -> None:
