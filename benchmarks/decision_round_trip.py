@@ -21,16 +21,20 @@ from engine.protocol import VERSION, BatchComposition, Completion, InForce, Queu
 MEDIAN_GOAL_US, P99_GOAL_US = 150.0, 500.0
 STEP_S = 0.005
 ANSWER_NS = 50_000_000
+MISSES = 200
 
 
 def message(iteration: int, config: EngineConfig, random: np.random.Generator) -> Telemetry:
     tbt_s = tuple((0.08 * np.exp(0.04 * random.standard_normal(32))).tolist())
-    done = Completion(iteration - 1, 0, 0, 0.08, tbt_s, (), (StageTimes(0.08, 0.0, 1),))
+    now_ns = time.monotonic_ns()
+    # Steps of 80 ms, as far as the law can see.
+    ended_ns = iteration * 80_000_000
+    done = Completion(iteration - 1, ended_ns - 80_000_000, ended_ns, 0.08, tbt_s, (), (StageTimes(0.08, 0.0, 1),))
     return Telemetry(
         version=VERSION,
         engine_id="bench",
         iteration=iteration,
-        scheduled_ns=time.monotonic_ns(),
+        scheduled_ns=now_ns,
         schedule="stall-free",
         dead_time_iterations=1,
         knobs=InForce(256, 256, iteration - 1, iteration - 1, "controller"),
@@ -48,7 +52,7 @@ def measure(pause_s: float, decisions: int, seed: int) -> NDArray[np.float64]:
     """Round trips in microseconds, shape [decisions]."""
     random, config = np.random.default_rng(seed), EngineConfig()
     times_us: list[float] = []
-    iteration = 1
+    iteration, missed = 1, 0
     with temporary_endpoints() as endpoints, controller_process(endpoints, "pid"):
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         link = EngineLink(context, [endpoints], "bench", config.bounds)
@@ -61,8 +65,11 @@ def measure(pause_s: float, decisions: int, seed: int) -> NDArray[np.float64]:
             while waited_ns < ANSWER_NS and (knobs is None or knobs.iteration != iteration):
                 knobs = link.poll() or knobs
                 waited_ns = time.perf_counter_ns() - started
-            if knobs is not None:  # before the controller has connected there is no answer
+            if knobs is not None:
                 times_us.append(waited_ns / 1e3)
+            else:  # until the controller has connected there is no answer
+                missed += 1
+                assert missed < MISSES, "the controller does not answer"
             pause(pause_s)
         link.close()
         context.destroy(linger=0)
