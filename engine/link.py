@@ -121,6 +121,7 @@ class EngineLink:
         self._engine_id = engine_id
         self._bounds = bounds
         self._sequence = 0
+        self._published_iteration = 0
         self._doorkeeper = _admit_only(context, keys.peer_public) if keys else None
         self._telemetry = context.socket(zmq.PUB)
         self._knobs = context.socket(zmq.PULL)
@@ -133,6 +134,7 @@ class EngineLink:
 
     def publish(self, telemetry: Telemetry) -> None:
         """Send and forget: a subscriber that cannot follow loses messages, the engine loses no time."""
+        self._published_iteration = telemetry.iteration
         self._telemetry.send(encode(telemetry), zmq.NOBLOCK, copy=True)
 
     def poll(self) -> Knobs | None:
@@ -145,7 +147,8 @@ class EngineLink:
                 break
             except Rejected as error:
                 self._reject(error)
-            if not _readable(self._knobs):
+            # What answers the newest telemetry is the newest answer: looking for more would cost as much again.
+            if newest is not None and newest.iteration >= self._published_iteration:
                 break
         return newest
 
