@@ -5,13 +5,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
-import zmq
-
-from controller.controller import Controller
-from engine.link import ControllerLink, Endpoints
+from controller.sidecar import SidecarOptions, run
+from engine.link import Endpoints
 from engine.protocol import Telemetry
 from policies.catalogue import Law, parse_law
 from policies.policy import Decision
@@ -38,21 +35,17 @@ def temporary_endpoints() -> Iterator[Endpoints]:
 
 @contextmanager
 def controller_process(endpoints: Endpoints, policy: str) -> Iterator[None]:
-    """A real controller in a process of its own, without the journal; `policy` as on the command line, or alternate."""
-    spawn = multiprocessing.get_context("spawn")
-    stop = spawn.Event()
-    process = spawn.Process(target=_control, args=(endpoints, policy, stop))
+    """The sidecar in a process of its own, without the journal; `policy` as on the command line, or alternate."""
+    process = multiprocessing.get_context("spawn").Process(target=_control, args=(endpoints, policy))
     process.start()
     try:
         yield
     finally:
-        stop.set()
+        process.terminate()
         process.join()
 
 
-def _control(endpoints: Endpoints, policy: str, stop: Event) -> None:
+def _control(endpoints: Endpoints, policy: str) -> None:
     alternate = Law("alternate", None, lambda _: Alternate())
     law = alternate if policy == "alternate" else parse_law(policy, TBT_SLO_S)
-    controller = Controller(ControllerLink(zmq.Context(), [endpoints]), law, None, time.monotonic_ns)
-    while not stop.is_set():
-        controller.tick(0.1)
+    run(SidecarOptions([endpoints], law, None, Path(), None, time.monotonic_ns))

@@ -209,8 +209,10 @@ class ControllerLink:
         """Telemetry that has arrived, oldest first; waits up to `timeout_s` for the first."""
         messages = []
         for socket, _ in self._poller.poll(int(timeout_s * 1000)):
-            while _readable(socket):
+            more = True
+            while more:
                 data = socket.recv(zmq.NOBLOCK)
+                more = bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
                 try:
                     telemetry = decode_telemetry(data)
                 except Rejected as error:
@@ -241,10 +243,6 @@ def _open(bind_or_connect: Callable[[str], object], address: str) -> None:
         bind_or_connect(address)
     except zmq.ZMQError as error:
         raise ValueError(f"cannot use the address {address!r}: {error}") from error
-
-
-def _readable(socket: "zmq.Socket[bytes]") -> bool:
-    return bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
 
 def _admit_only(context: "zmq.Context[zmq.Socket[bytes]]", public_key: bytes) -> ThreadAuthenticator:
