@@ -114,6 +114,7 @@ def run_demo(start: Start, out: Path, seed: int) -> int:
     provenance = {"slo": str(slo), "seed": seed, "requests": len(workload), "machine": asdict(machine)}
     (out / "demo.json").write_text(json.dumps(provenance, indent=1))
     console.print(_table(summaries, slo))
+    console.print(_verdict(summaries, slo))
     console.print(f"Telemetry and journal of each run, and the picture demo.png: {out}")
     return 0
 
@@ -160,6 +161,17 @@ def _table(summaries: dict[str, dict[str, Any]], slo: Slo) -> Table:
             f"{100 * summary['share_of_tokens_in_slo']:.1f} %",
         )
     return table
+
+
+def _verdict(summaries: dict[str, dict[str, Any]], slo: Slo) -> str:
+    assert slo.tbt_s is not None
+    kept = [label for label, summary in summaries.items() if summary["p99_itl_ms"] <= 1e3 * slo.tbt_s]
+    small, pid = summaries[f"static {SMALL}"], summaries["pid"]
+    ratio = pid["p99_ttft_ms"] / small["p99_ttft_ms"]
+    return (
+        f"Kept the promise: {', '.join(kept) or 'none'}. TTFT p99 of pid is {ratio:.2f} of the small budget's, "
+        f"its goodput {pid['request_goodput'] / max(small['request_goodput'], 1e-9):.2f} of it."
+    )
 
 
 async def _until(url: str, text: str, process: BaseProcess) -> None:
