@@ -2,10 +2,12 @@
 
 Measured around exactly what the link adds to a step: `Actuator.read` (knobs that really arrived), `Reporter.launched`
 (compose, encode, publish) and `Reporter.completed`; the empty measurement, taken in every iteration, is subtracted.
-32 decodes and a prompt chunk are scheduled each time, and the answer is awaited in between, outside the measurement.
+32 decodes and a prompt chunk are scheduled each time, the tokens of the iteration before are handed over to a server's
+socket just before, as in `EngineCore.step`, and the answer is awaited in between, outside the measurement.
 
 The figure is taken back to back. After a pause of 5 ms caches are cold and the processor that runs ZeroMQ's thread has
-to be woken: that is measured too, and beside both the floor, a bare ZeroMQ send of as many bytes.
+to be woken: that is measured too, and what a step costs that hands over no tokens and so wakes the thread by itself,
+and the floor, a bare ZeroMQ send of as many bytes.
 """
 
 import time
@@ -20,8 +22,9 @@ from benchmarks.sockets import controller_process, temporary_endpoints
 from engine.actuator import Actuator
 from engine.config import EngineConfig
 from engine.link import Endpoints, EngineLink
+from engine.process import RequestGate
 from engine.protocol import StageTimes
-from engine.request import SamplingParams, StepResult, Submit
+from engine.request import SamplingParams, StepResult, Submit, TokenOutput
 from engine.scheduler import Scheduler
 from engine.telemetry import Reporter
 
@@ -37,7 +40,7 @@ class WatchedLink(EngineLink):
         self._knobs.poll(round(ANSWER_S * 1000))
 
 
-def measure(endpoints: Endpoints, pause_s: float, iterations: int) -> NDArray[np.float64]:
+def measure(endpoints: Endpoints, pause_s: float, iterations: int, *, hand_over: bool = True) -> NDArray[np.float64]:
     """Microseconds of each iteration, shape [iterations]."""
     config = EngineConfig(kv_blocks=8192)
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -45,6 +48,9 @@ def measure(endpoints: Endpoints, pause_s: float, iterations: int) -> NDArray[np
     link = WatchedLink(context, [endpoints], "bench", config.bounds)
     actuator = Actuator(config, link)
     reporter = Reporter("bench", config, scheduler, link, time.monotonic_ns)
+    gate, server = RequestGate(context, endpoints, vocab_size=2), context.socket(zmq.PULL)
+    server.connect(endpoints.outputs)
+    tokens = [TokenOutput(f"{i:032x}", 1) for i in range(32)]
     now = time.perf_counter_ns
     costs_us, answered = [], 0
     for i in range(WARM_UP + iterations):
@@ -54,10 +60,14 @@ def measure(endpoints: Endpoints, pause_s: float, iterations: int) -> NDArray[np
         knobs = actuator.read(t1)
         t2 = now()
         batch = scheduler.schedule(knobs.budget_tokens, knobs.chunk_tokens, t2)
+        if hand_over:
+            gate.send(tokens)
         t3 = now()
         reporter.launched(batch, knobs)
         t4 = now()
         link.wait()
+        while hand_over and server.poll(0):
+            server.recv()
         pause(pause_s)
         result = StepResult([1] * int(batch.samples.sum()), 0.08, (StageTimes(0.08, 0.0, 1),))
         output = scheduler.update(batch, result.token_ids, now())
@@ -89,6 +99,8 @@ def main() -> None:
         with temporary_endpoints() as endpoints, controller_process(endpoints, "pid"):
             costs_us[pause_s] = measure(endpoints, pause_s, iterations)
         floors_us[pause_s] = float(np.median(bare_echo(pause_s, iterations)[:, 0]))
+    with temporary_endpoints() as endpoints, controller_process(endpoints, "pid"):
+        alone_us = measure(endpoints, 0.0, iterations, hand_over=False)
     median, paused = (float(np.median(costs_us[pause_s])) for pause_s in (0.0, STEP_S))
     report(
         "telemetry and knobs per iteration, engine side (us, median)",
@@ -98,6 +110,7 @@ def main() -> None:
         seed=args.seed,
         p99_us=float(np.percentile(costs_us[0.0], 99)),
         share_of_5_ms_step_percent=100e-6 * median / STEP_S,
+        without_tokens_us=float(np.median(alone_us)),
         bare_send_us=floors_us[0.0],
         after_5_ms_pause_us=paused,
         bare_send_after_5_ms_pause_us=floors_us[STEP_S],

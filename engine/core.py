@@ -28,8 +28,9 @@ class Runner(Protocol):
 class EngineCore:
     """One engine without its sockets to the world: `scheduler`, `runner`, `link` and `clock` are what it is made of.
 
-    `clock` gives monotonic nanoseconds. With a real runner and sockets this is the live engine; with a simulated
-    runner and a virtual clock it is the simulator; the core never asks which.
+    `clock` gives monotonic nanoseconds; `deliver` takes the tokens of an iteration, once the next one runs. With a real
+    runner and sockets this is the live engine; with a simulated runner and a virtual clock it is the simulator; the
+    core never asks which.
     """
 
     def __init__(
@@ -40,26 +41,36 @@ class EngineCore:
         runner: Runner,
         link: Link,
         clock: Callable[[], int],
+        deliver: Callable[[list[TokenOutput]], None],
     ) -> None:
         self.scheduler = scheduler
+        self._deliver = deliver
+        self._tokens: list[TokenOutput] = []
         self._runner = runner
         self._clock = clock
         self._actuator = Actuator(config, link)
         self._reporter = Reporter(engine_id, config, scheduler, link, clock)
 
-    def step(self) -> list[TokenOutput]:
-        """Run one iteration; returns its tokens. A decision costs the engine no time: it is read, never awaited."""
+    def step(self) -> None:
+        """Run one iteration. A decision costs the engine no time: it is read, never awaited."""
         now_ns = self._clock()
         knobs = self._actuator.read(now_ns)
         batch = self.scheduler.schedule(knobs.budget_tokens, knobs.chunk_tokens, now_ns)
         pending = self._runner.launch(batch)
+        self._hand_over()  # all that is sent is sent while the device works
         self._reporter.launched(batch, knobs)
         result = pending.result()
         completed_ns = self._clock()
         output = self.scheduler.update(batch, result.token_ids, completed_ns)
+        self._tokens = output.tokens
         self._reporter.completed(result, output, completed_ns)
-        return output.tokens
 
     def idle(self) -> None:
-        """Keep in touch with the controller while there is nothing to run."""
+        """Hand over the last tokens, and keep in touch with the controller while there is nothing to run."""
+        self._hand_over()
         self._reporter.idle(self._actuator.read(self._clock()))
+
+    def _hand_over(self) -> None:
+        if self._tokens:
+            self._deliver(self._tokens)
+            self._tokens = []

@@ -88,7 +88,7 @@ def run_loop(core: EngineCore, gate: RequestGate, clock: Callable[[], int], hear
     while not stopping and (parent is None or os.getppid() == parent.pid):
         gate.receive(core.scheduler, clock)
         if core.scheduler.has_work:
-            gate.send(core.step())
+            core.step()
         else:
             core.idle()
             gate.wait(heartbeat_s)
@@ -122,7 +122,7 @@ def main(
         ready.send(str(error))
         return
     gc.freeze()  # a collection that walks through all that was loaded would hold up a step
-    core = EngineCore(engine_id, config, Scheduler(config), runner, link, clock)
+    core = EngineCore(engine_id, config, Scheduler(config), runner, link, clock, gate.send)
     ready.send("")
     run_loop(core, gate, clock, config.knobs_ttl_s / 4)
     link.close()
@@ -131,7 +131,7 @@ def main(
 
 def _warm_up(config: EngineConfig, runner: Runner, clock: Callable[[], int]) -> None:
     """Compile and allocate before the first request, by serving one of our own outside the telemetry."""
-    core = EngineCore("warm-up", config, Scheduler(config), runner, MemoryLink(), clock)
+    core = EngineCore("warm-up", config, Scheduler(config), runner, MemoryLink(), clock, lambda tokens: None)
     prompt_tokens = min(64, config.max_model_tokens - 1)
     max_tokens = min(3, config.max_model_tokens - prompt_tokens)
     core.scheduler.submit(Submit("warm-up", [0] * prompt_tokens, SamplingParams(max_tokens)), clock())

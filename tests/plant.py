@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.link import MemoryLink
 from engine.protocol import Completion, Knobs, StageTimes, Telemetry
-from engine.request import Batch, SamplingParams, StepResult, Submit
+from engine.request import Batch, SamplingParams, StepResult, Submit, TokenOutput
 from engine.scheduler import Scheduler
 from policies.catalogue import Law, parse_law
 
@@ -84,7 +84,10 @@ class Loop:
         self.device = ModelledDevice(self.clock, **device)  # type: ignore[arg-type]
         self.config = config or EngineConfig()
         self.link = MemoryLink()
-        self.core = EngineCore("e-1", self.config, Scheduler(self.config), self.device, self.link, self.clock)
+        self.tokens: list[TokenOutput] = []
+        self.core = EngineCore(
+            *("e-1", self.config, Scheduler(self.config), self.device, self.link, self.clock, self.tokens.extend)
+        )
         self.journal = Rows()
         self.controller: Controller | None = None
         self.tbt_slo_s = tbt_slo_s

@@ -36,6 +36,17 @@ def test_an_iteration_reports_its_batch_at_launch_and_the_measurements_of_the_on
     assert measured[2].stages[0].bubble_s == 0.0
 
 
+def test_tokens_are_handed_over_while_the_next_iteration_runs_and_the_last_at_once_when_idle() -> None:
+    loop = Loop(None)
+    loop.submit("a", 10, 3)
+    counts = []
+    for _ in range(4):
+        loop.step()
+        counts.append(len(loop.tokens))
+    assert counts == [0, 1, 2, 3]
+    assert [t.finish_reason for t in loop.tokens] == [None, None, "length"]
+
+
 def test_the_queue_is_reported() -> None:
     loop = Loop(None, config=EngineConfig(budget_tokens=64, chunk_tokens=64, max_requests=1))
     loop.submit("a", 100, 3)

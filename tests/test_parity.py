@@ -14,7 +14,7 @@ from engine.link import MemoryLink
 from engine.model_config import read_model_config
 from engine.model_runner import ModelRunner
 from engine.protocol import VERSION, Knobs
-from engine.request import SamplingParams, Submit
+from engine.request import SamplingParams, Submit, TokenOutput
 from engine.scheduler import Scheduler
 from engine.weights import load_safetensors
 
@@ -53,7 +53,8 @@ class Engine:
         runner = ModelRunner(model, weights, self.config, threads=1, clock=clock)
         self.scheduler = Scheduler(self.config)
         self.link = MemoryLink()
-        self.core = EngineCore("e", self.config, self.scheduler, runner, self.link, clock)
+        self.tokens: list[TokenOutput] = []
+        self.core = EngineCore("e", self.config, self.scheduler, runner, self.link, clock, self.tokens.extend)
         self.next_knobs = way["knobs"]
 
     def generate(self, prompts: list[list[int]]) -> list[list[int]]:
@@ -65,9 +66,12 @@ class Engine:
         while self.scheduler.has_work:
             sequence += 1
             self.link.inbox = Knobs(VERSION, "e", sequence, sequence - 1, *self.next_knobs(random))
-            for token in self.core.step():
-                outputs[int(token.request_id)].append(token.token_id)
+            self.core.step()
             self.scheduler.check()
+        self.core.idle()
+        for token in self.tokens:
+            outputs[int(token.request_id)].append(token.token_id)
+        self.tokens.clear()
         return outputs
 
 
