@@ -1,7 +1,7 @@
 """The loop: telemetry in, decision out, for any number of engines."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from controller.guard import Guard
@@ -17,7 +17,7 @@ FORGET_S = 60.0
 class Wire(Protocol):
     """What the controller needs of a link."""
 
-    def receive(self, timeout_s: float) -> list[Telemetry]: ...
+    def receive(self, timeout_s: float) -> Iterable[Telemetry]: ...
 
     def send(self, knobs: Knobs) -> bool: ...
 
@@ -52,19 +52,18 @@ class Controller:
 
     def tick(self, timeout_s: float) -> int:
         """Answer what has arrived, waiting up to `timeout_s` for the first; returns how many were answered."""
-        messages = self._wire.receive(timeout_s)
-        newest = {telemetry.engine_id: telemetry for telemetry in messages}
-        for telemetry in messages:
+        answered = 0
+        for telemetry in self._wire.receive(timeout_s):
             now_ns = self._clock()
             decision = self._guard(telemetry, now_ns).decide(telemetry, now_ns)
             knobs, delivered = None, False
             if decision is not None:
                 knobs = Knobs(VERSION, telemetry.engine_id, self._next(telemetry), telemetry.iteration, *decision)
-                # In a backlog only the last answer is news; the law has seen them all.
-                delivered = telemetry is newest[telemetry.engine_id] and self._wire.send(knobs)
+                delivered = self._wire.send(knobs)
             if self._journal is not None:
                 self._journal.record(JournalRow(self._law.spec, now_ns, delivered, knobs, telemetry))
-        return len(messages)
+            answered += 1
+        return answered
 
     def _guard(self, telemetry: Telemetry, now_ns: int) -> Guard:
         engine_id = telemetry.engine_id

@@ -66,10 +66,8 @@ class Guard:
         if (stale or corrected.budget_tokens != wanted.budget_tokens) and not self._track(corrected):
             return None
         bounds = telemetry.bounds
-        self._last = corrected._replace(
-            budget_tokens=whole_tiles(corrected.budget_tokens, bounds),
-            chunk_tokens=whole_tiles(corrected.chunk_tokens, bounds),
-        )
+        budget, chunk, reason = corrected
+        self._last = Decision(whole_tiles(budget, bounds), whole_tiles(chunk, bounds), reason)
         return self._last
 
     def _ask(self, telemetry: Telemetry) -> Decision | None:

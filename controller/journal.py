@@ -28,9 +28,7 @@ CLOSE_S = 30.0
 
 
 class JournalRow(msgspec.Struct, frozen=True):
-    """One decision. `knobs` is None when the law was silent; `delivered` is false for an engine that was away, and for
-    an answer that a newer one has overtaken.
-    """
+    """One decision. `knobs` is None when the law was silent; `delivered` is false when the engine was away."""
 
     policy: str
     decided_ns: int

@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -205,24 +205,24 @@ class ControllerLink:
             self._poller.register(telemetry, zmq.POLLIN)
             self._knobs[telemetry] = knobs
 
-    def receive(self, timeout_s: float) -> list[Telemetry]:
-        """Telemetry that has arrived, oldest first; waits up to `timeout_s` for the first."""
-        messages = []
+    def receive(self, timeout_s: float) -> Iterator[Telemetry]:
+        """Telemetry that has arrived, oldest first; waits up to `timeout_s` for the first.
+
+        One by one, and looking for the next only then: an answer must not wait for that.
+        """
         for socket, _ in self._poller.poll(int(timeout_s * 1000)):
             more = True
             while more:
-                data = socket.recv(zmq.NOBLOCK)
-                more = bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
                 try:
-                    telemetry = decode_telemetry(data)
+                    telemetry = decode_telemetry(socket.recv(zmq.NOBLOCK))
                 except Rejected as error:
                     self.rejected += 1
                     if self.rejected & (self.rejected - 1) == 0:
                         logger.warning("rejected telemetry (%d so far): %s", self.rejected, error)
-                    continue
-                self._route[telemetry.engine_id] = self._knobs[socket]
-                messages.append(telemetry)
-        return messages
+                else:
+                    self._route[telemetry.engine_id] = self._knobs[socket]
+                    yield telemetry
+                more = bool(int(socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
     def send(self, knobs: Knobs) -> bool:
         """Send without waiting; False if the engine is away or does not read."""

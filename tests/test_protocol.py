@@ -116,7 +116,7 @@ class Wire:
         """Publish until the controller hears: a subscription takes a moment to reach the publisher."""
         for _ in range(200):
             self.engine.publish(full_telemetry())
-            if self.controller.receive(0.05):
+            if list(self.controller.receive(0.05)):
                 return
         raise TimeoutError("the controller hears nothing")
 
@@ -222,14 +222,14 @@ def test_tcp_with_keys_serves_the_one_peer_and_no_other(tmp_path: Path) -> None:
     heard = []
     for _ in range(200):
         engine.publish(full_telemetry())
-        heard += friend.receive(0.05)
+        heard += list(friend.receive(0.05))
         if heard:
             break
     assert heard[0] == full_telemetry()
     assert friend.send(Knobs(**KNOBS))  # type: ignore[arg-type]
     engine._knobs.poll(5000)
     assert engine.poll() is not None
-    assert stranger.receive(0.2) == []
+    assert list(stranger.receive(0.2)) == []
     for end in (engine, friend, stranger):
         end.close()
     context.destroy(linger=0)
