@@ -229,6 +229,9 @@ def test_what_still_runs_after_the_grace_time_is_unfinished_and_a_miss() -> None
 
 @pytest.mark.parametrize("interrupt", ["cancel", "ctrl-c"])
 def test_an_interrupted_replay_returns_what_it_measured(interrupt: str) -> None:
+    # A test run in the background of a shell starts with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     async def run() -> LoadResult:
         task = asyncio.current_task()
         assert task is not None
@@ -246,7 +249,10 @@ def test_an_interrupted_replay_returns_what_it_measured(interrupt: str) -> None:
             rng = np.random.default_rng(1)
             return await replay(load, endpoint.url, rng, progress=lambda done, total: first_ended.set())
 
-    result = asyncio.run(run())
+    try:
+        result = asyncio.run(run())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.interrupted
     assert [r.status for r in result.records] == ["completed", "unfinished"]
     assert "INTERRUPTED: 2 of 3 requests were sent" in format_console(summarise(result))
