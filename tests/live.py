@@ -23,7 +23,7 @@ from engine.protocol import Telemetry
 from envs.trace import make_workload
 from profiles.load import LoadResult, replay
 
-PATIENCE_S = 40.0
+PATIENCE_S = 120.0
 
 
 def free_port() -> int:
