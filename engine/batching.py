@@ -39,7 +39,7 @@ class RequestArrays(NamedTuple):
     held_blocks: IntArray  # KV blocks in its table
     freeable_blocks: IntArray  # of those, the ones that its preemption would free (the rest are shared)
     cached_tokens: IntArray  # of a waiting request, tokens found in the prefix cache
-    shared_blocks: IntArray  # of those cached blocks, the ones in use by others (they cost no free block)
+    need_blocks: IntArray  # of a waiting request, free KV blocks that its admission takes
 
 
 class Limits(NamedTuple):
@@ -80,14 +80,15 @@ def _place_decodes(
 
     Returns (rows placed, requests still running, blocks still free, requests preempted).
     """
+    context, prefill_end, held_blocks = requests.context, requests.prefill_end, requests.held_blocks
     rows, end, n_preempted = 0, len(running), 0
     i = 0
     while i < end:
         slot = running[i]
         i += 1
-        if requests.context[slot] < requests.prefill_end[slot]:
+        if context[slot] < prefill_end[slot]:
             continue
-        if requests.context[slot] >= requests.held_blocks[slot] * limits.block_tokens:
+        if context[slot] >= held_blocks[slot] * limits.block_tokens:
             while free < 1 and end >= i:
                 end -= 1
                 victim = running[end]
@@ -138,7 +139,7 @@ def _admit(
 ) -> int:
     """Admit waiting requests in order, and stop at the first that does not fit. Returns how many were admitted.
 
-    The blocks of the whole prefill are taken at admission, and one block for each running request is left spare, so
+    A request's `need_blocks` are taken at its admission, and one block for each running request is left spare, so
     that a newcomer is not preempted by the next decode. `chunk` 0 means whole prompts: the first may exceed the budget
     (`left`) but never the buffers (`room`).
     """
@@ -147,7 +148,7 @@ def _admit(
         if n_running + admitted >= limits.max_requests:
             break
         remaining = requests.prefill_end[slot] - requests.cached_tokens[slot]
-        need = -(-requests.prefill_end[slot] // limits.block_tokens) - requests.shared_blocks[slot]
+        need = requests.need_blocks[slot]
         if free - need < n_running + admitted:
             break
         if chunk > 0:
@@ -210,7 +211,9 @@ def form_batch(
     n_decodes, end, free, n_preempted = _place_decodes(running, requests, limits, free_blocks, plan)
     if n_decodes > 0 and not mixes:
         return n_decodes, 0, 0, n_preempted
-    rows, left = _place_running_prefills(running, end, requests, chunk, budget - n_decodes, plan, n_decodes)
+    rows, left = n_decodes, budget - n_decodes
+    if n_decodes < end:
+        rows, left = _place_running_prefills(running, end, requests, chunk, left, plan, rows)
     if n_preempted == 0 and not (schedule == REQUEST_LEVEL and end > 0):
         room = limits.max_budget_tokens - n_decodes
         n_admitted = _admit(waiting, end, requests, limits, free, 0 if whole else chunk, left, room, plan, rows)

@@ -4,7 +4,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from envs.trace import Lengths, Workload, gamma_arrivals, make_workload, phase_arrivals, read_csv, write_csv
+from envs.trace import (
+    Lengths,
+    Workload,
+    day_arrivals,
+    gamma_arrivals,
+    make_workload,
+    phase_arrivals,
+    read_csv,
+    write_csv,
+)
 
 
 def seeded(seed: int = 7) -> np.random.Generator:
@@ -77,7 +86,8 @@ def test_a_file_without_arrivals_holds_lengths_only(tmp_path: Path) -> None:
         ("arrival_s,prompt_tokens,output_tokens\n0,1\n", "line 2: cannot read '0,1'"),
         ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n,1,1\n", "data row 1 has no arrival_s"),
         ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n1,0,1\n", "data row 1: prompt_tokens is 0"),
-        ("arrival_s,prompt_tokens,output_tokens\n", "prompt_tokens has shape"),
+        ("arrival_s,prompt_tokens,output_tokens\n", "no row below its header"),
+        ("arrival_s,prompt_tokens,output_tokens\n0,1,1\n1,,1\n", "line 3: cannot read '1,,1' .prompt_tokens is empty"),
     ],
 )
 def test_a_bad_file_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
@@ -122,6 +132,26 @@ def test_phases_follow_each_other_at_their_rates() -> None:
 def test_phase_spec_reads_seconds_then_rate() -> None:
     workload = make_workload("phases:10:0.5,5:40,10:0.5", "fixed:512,64", seeded())
     assert workload.arrival_s.tobytes() == phase_arrivals(seeded(), [(10, 0.5), (5, 40), (10, 0.5)]).tobytes()
+
+
+def test_a_day_rises_from_its_quiet_start_to_its_peak_at_noon() -> None:
+    arrival_s = make_workload("day:2,peak=1.8", "fixed:8,8", seeded()).arrival_s
+    hours = np.histogram(arrival_s, bins=np.arange(25) * 3600)[0]
+    # the rate's integral over each hour: 2 * (t - 0.8 sin(w t) / w), w = 2 pi / day
+    edges_s, w = np.arange(25) * 3600, 2 * np.pi / 86_400
+    expected = np.diff(2 * (edges_s - 0.8 * np.sin(w * edges_s) / w))
+    assert np.all(np.abs(hours - expected) < 4 * np.sqrt(expected))
+    assert np.all(np.diff(arrival_s) >= 0)
+    assert expected.max() / expected.mean() == pytest.approx(1.8, rel=0.01)
+
+
+def test_a_compressed_day_keeps_its_rates() -> None:
+    workload = make_workload("day:50,peak=2,seconds=600", "fixed:8,8", seeded())
+    assert workload.arrival_s.tobytes() == day_arrivals(seeded(), 50, 2, day_s=600).tobytes()
+    assert len(workload) == pytest.approx(30_000, rel=0.03)
+    night, noon = np.histogram(workload.arrival_s, bins=[0, 30, 285, 315])[0][[0, 2]]
+    assert night < 50  # 13 expected
+    assert noon == pytest.approx(3000, rel=0.1)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
@@ -203,7 +233,16 @@ def test_a_trace_drops_and_counts_what_does_not_fit(tmp_path: Path) -> None:
         ("phases:10:1", "fixed:8,8", 5, "leave out n_requests 5"),
         ("phases:10:0", "fixed:8,8", None, "no request arrived"),
         ("phases:10:-1", "fixed:8,8", None, "phase rate is -1"),
+        ("day:2", "fixed:8,8", None, "'2' where MEAN_RATE,peak=RATIO belongs"),
+        ("day:2,peak=2.5", "fixed:8,8", None, "peak is 2.5"),
+        ("day:0,peak=1.5", "fixed:8,8", None, "mean rate is 0.0"),
+        ("day:2,peak=1.5,seconds=-1", "fixed:8,8", None, "seconds is -1.0"),
+        ("day:2,peak=1.5", "fixed:8,8", 5, "leave out n_requests 5"),
+        ("day:0.000001,peak=1,seconds=1", "fixed:8,8", None, "no request arrived in the day"),
         ("trace", "fixed:8,8", None, "not a trace file"),
+        ("trace:rate=2", "conversation", 5, "scale=NUMBER"),
+        ("trace", "arxiv", 5, "'arxiv' has lengths only"),
+        ("trace", "scaled:1,1:conversation", 5, "'conversation' is not a trace file"),
         ("poisson:4", "fixed:8", 5, "fixed:PROMPT,OUTPUT"),
         ("poisson:4", "fixed:0,8", 5, "'0' is not a number of tokens"),
         ("poisson:4", "uniform:9-8,1-2", 5, "'9-8'"),
