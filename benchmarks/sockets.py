@@ -10,6 +10,7 @@ from pathlib import Path
 from controller.sidecar import SidecarOptions, run
 from engine.link import Endpoints
 from engine.protocol import Telemetry
+from envs.slo import Slo
 from policies.catalogue import Law, parse_law
 from policies.policy import Decision
 
@@ -47,5 +48,5 @@ def controller_process(endpoints: Endpoints, policy: str) -> Iterator[None]:
 
 def _control(endpoints: Endpoints, policy: str) -> None:
     alternate = Law("alternate", None, lambda _: Alternate())
-    law = alternate if policy == "alternate" else parse_law(policy, TBT_SLO_S)
+    law = alternate if policy == "alternate" else parse_law(policy, Slo(tbt_s=TBT_SLO_S))
     run(SidecarOptions([endpoints], law, None, Path(), None, time.monotonic_ns))

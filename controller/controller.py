@@ -4,10 +4,10 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from controller.guard import Guard
 from controller.journal import JournalRow
 from engine.protocol import MAX_COUNT, VERSION, Knobs, Telemetry
 from policies.catalogue import Law
+from policies.guard import Guard
 
 logger = logging.getLogger(__name__)
 

@@ -3,22 +3,54 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from engine.protocol import Telemetry
+from envs.slo import Slo
 from policies.aimd import Aimd
+from policies.peers import GllmThrottle, PPas, SarathiDynamic, TrtllmTuner
+from policies.peers_timed import AscendDynamicBatch, SglangDynamicChunk
 from policies.pid import Pid
 from policies.policy import Policy
+from policies.predictive import Predictive
+from policies.qoserve import QoServe
 from policies.static import Static
 
-LAWS: dict[str, Callable[..., Policy]] = {"static": Static, "pid": Pid, "aimd": Aimd}
-"""A law may have RANGES: the parameters that can be set here, each with its lowest and highest value."""
+if TYPE_CHECKING:
+    from envs.step_time import StepTimeModel
+
+LAWS: dict[str, Callable[..., Policy]] = {
+    "static": Static,
+    "pid": Pid,
+    "aimd": Aimd,
+    "predictive": Predictive,
+    "qoserve": QoServe,
+    "ppas": PPas,
+    "trtllm": TrtllmTuner,
+    "sglang": SglangDynamicChunk,
+    "gllm": GllmThrottle,
+    "ascend": AscendDynamicBatch,
+    "sarathi-dynamic": SarathiDynamic,
+}
+"""A law's constructor names what it needs besides the first telemetry: `tbt_slo_s`, `ttft_slo_s`, `step_time`.
+
+It may have RANGES: the parameters that can be set here, each with its lowest and highest value. A peer's law that knows
+an SLO is AS_PUBLISHED: Guard's slew limit and lock-in watch would make another law of it.
+"""
+
+_REMEDIES = {
+    "tbt_slo_s": "needs to know the promise: add --slo tbt:MILLISECONDS",
+    "ttft_slo_s": "needs to know the promise: add ttft:MILLISECONDS to --slo",
+    "step_time": "needs to know how long a step takes: add --profile FILE, a step-time model as JSON",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Law:
     """A law with its parameters: `make` starts it from an engine's first telemetry.
 
-    `tbt_slo_s` is the promise it answers for; None for one that answers for none (fixed knobs).
+    `tbt_slo_s` is the promise that Guard watches over for it. None passes its knobs through, clamped and in whole
+    tiles: for fixed knobs, for laws that answer for no SLO, and for a peer's law, which is compared as published.
     """
 
     spec: str
@@ -26,26 +58,35 @@ class Law:
     make: Callable[[Telemetry], Policy]
 
 
-def parse_law(spec: str, tbt_slo_s: float | None = None) -> Law:
-    """The law that `spec` names.
+def parse_law(spec: str, slo: Slo | None = None, step_time: "StepTimeModel | None" = None) -> Law:
+    """The law that `spec` names, for this promise and on a machine of this step time.
 
-    Raises ValueError naming an unknown law or parameter, a value that is no number or out of range, or the missing SLO.
+    Raises ValueError naming an unknown law or parameter, a value that is no number or out of range, or the flag that
+    would give what the law needs and does not have.
     """
     name, _, text = spec.partition(":")
     if name not in LAWS:
         raise ValueError(f"unknown policy {name!r}: choose from {', '.join(LAWS)}")
-    parameters = inspect.signature(LAWS[name]).parameters
-    values = _parse_values(name, text, getattr(LAWS[name], "RANGES", {}))
     make = LAWS[name]
-    if "tbt_slo_s" not in parameters:
-        return Law(spec, None, lambda first: make(first, **values))
-    if tbt_slo_s is None:
-        raise ValueError(f"policy {name!r} needs to know the promise: add --slo tbt:MILLISECONDS")
-    return Law(spec, tbt_slo_s, lambda first: make(first, tbt_slo_s, **values))
+    arguments = _parse_values(name, text, getattr(make, "RANGES", {}))
+    had = {
+        "tbt_slo_s": slo.tbt_s if slo else None,
+        "ttft_slo_s": slo.ttft_s if slo else None,
+        "step_time": step_time,
+    }
+    for need, parameter in inspect.signature(make).parameters.items():
+        if need not in had:
+            continue
+        if had[need] is not None:
+            arguments[need] = had[need]
+        elif parameter.default is parameter.empty:
+            raise ValueError(f"policy {name!r} {_REMEDIES[need]}")
+    watched = None if getattr(make, "AS_PUBLISHED", False) else arguments.get("tbt_slo_s")
+    return Law(spec, watched, lambda first: make(first, **arguments))
 
 
-def _parse_values(name: str, text: str, ranges: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    values: dict[str, float] = {}
+def _parse_values(name: str, text: str, ranges: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
         if key not in ranges:

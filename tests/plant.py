@@ -15,6 +15,8 @@ from engine.link import MemoryLink
 from engine.protocol import Completion, Knobs, StageTimes, Telemetry
 from engine.request import Batch, SamplingParams, StepResult, Submit, TokenOutput
 from engine.scheduler import Scheduler
+from envs.slo import Slo
+from envs.step_time import StepTimeModel
 from policies.catalogue import Law, parse_law
 
 
@@ -36,6 +38,11 @@ class ModelledDevice:
     noise: float = 0.0
     slowdown: float = 1.0
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def step_time(self) -> StepTimeModel:
+        """What a fit to this device would give."""
+        line = (self.fixed_s, self.per_token_s, 0.0)
+        return StepTimeModel.from_formula(line, (*line, 0.0, 0.0)).with_noise(self.noise)
 
     def launch(self, batch: Batch) -> "ModelledBatch":
         seconds = self.slowdown * (self.fixed_s + self.per_token_s * int(batch.n_tokens.sum()))
@@ -82,6 +89,7 @@ class Loop:
     def __init__(self, policy: str | None, tbt_slo_s: float = 0.1, config: EngineConfig | None = None, **device: float):
         self.clock = VirtualClock()
         self.device = ModelledDevice(self.clock, **device)  # type: ignore[arg-type]
+        self.step_time = self.device.step_time()
         self.config = config or EngineConfig()
         self.link = MemoryLink()
         self.tokens: list[TokenOutput] = []
@@ -96,7 +104,7 @@ class Loop:
 
     def take_over(self, policy: str) -> None:
         """A new controller process, knowing nothing."""
-        self.control_by(parse_law(policy, self.tbt_slo_s))
+        self.control_by(parse_law(policy, Slo(tbt_s=self.tbt_slo_s), self.step_time))
 
     def control_by(self, law: Law) -> None:
         wire = MemoryWire(self.link)

@@ -6,10 +6,10 @@ import msgspec
 import pytest
 from plant import Loop
 
-from controller.guard import Guard, GuardLimits
 from engine.config import EngineConfig
 from engine.protocol import Telemetry
 from policies.catalogue import Law
+from policies.guard import Guard, GuardLimits
 from policies.policy import Decision
 
 SECOND_NS = 1_000_000_000

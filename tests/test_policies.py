@@ -1,11 +1,15 @@
 """The laws in the loop: the real core and controller, modelled step time with noise."""
 
+import math
+
 import numpy as np
 import pytest
 from plant import Loop
 
 from engine.config import EngineConfig
+from envs.slo import Slo
 from policies.catalogue import parse_law
+from policies.outlook import foresee, kv_tokens
 from policies.pid import WeightedWindow
 
 
@@ -98,11 +102,87 @@ def test_every_decision_gives_its_reason() -> None:
         ("pid:set_point=nan", "set_point=nan is outside 0.1 to 1.0"),
         ("pid:window=0", "window=0 is outside 1 to 10000"),
         ("static:budget=1.5", "budget='1.5' is not of type int"),
+        ("pid", "policy 'pid' needs to know the promise: add --slo tbt:MILLISECONDS"),
+        ("predictive", "needs to know the promise: add --slo"),
+        ("sglang", "policy 'sglang' needs to know how long a step takes: add --profile FILE"),
     ],
 )
 def test_a_bad_policy_spec_says_what_would_do(spec: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_law(spec)
+
+
+def test_a_law_gets_the_part_of_the_promise_that_it_asks_for() -> None:
+    loop = Loop(None)
+    with pytest.raises(ValueError, match="add --slo tbt"):
+        parse_law("aimd", Slo(ttft_s=2.0))
+    with pytest.raises(ValueError, match="add --profile"):
+        parse_law("predictive", Slo(tbt_s=0.1))
+    assert parse_law("pid", Slo(tbt_s=0.2, ttft_s=2.0)).tbt_slo_s == 0.2
+    assert parse_law("static", Slo(tbt_s=0.2)).tbt_slo_s is None, "fixed by the user: Guard lets it be"
+    deadlines = [
+        parse_law("qoserve", slo, loop.step_time).make(loop.step())._deadlines._ttft_slo_s  # type: ignore[attr-defined]
+        for slo in (Slo(tbt_s=0.1), Slo(tbt_s=0.1, ttft_s=2.0))
+    ]
+    assert deadlines == [6.0, 2.0], "the paper's, and the user's"
+
+
+@pytest.mark.parametrize("tbt_slo_s", [0.03, 0.05, 0.1])
+def test_predictive_meets_the_slo_at_its_quantile_from_the_first_decision(tbt_slo_s: float) -> None:
+    loop = Loop("predictive", tbt_slo_s, start(2048), noise=0.04)
+    loop.run_saturated(40)
+    tile_s = 16 * loop.device.per_token_s
+    assert 0.99 * tbt_slo_s - tile_s < loop.tbt_p99_s(since_s=1) <= 1.01 * tbt_slo_s
+
+
+def test_predictive_takes_the_largest_whole_tile_that_fits_and_has_no_limit_without_decodes() -> None:
+    loop = Loop("predictive", 0.1)  # 5 ms + 0.16 ms a token: 593 tokens fit, 592 in whole tiles
+    loop.run_saturated(2)
+    assert set(loop.budgets[10:]) == {592}
+    lone = Loop("predictive", 0.1, start(2048))
+    lone.submit("r1", 2000, 40)
+    lone.step()
+    assert lone.journal[0].knobs is not None
+    assert lone.journal[0].knobs.budget_tokens == 592, "the prompt ends in this batch: the next one decodes"
+    lone = Loop("predictive", 0.1, start(256))
+    lone.submit("r1", 2000, 40)
+    lone.step()
+    assert lone.journal[0].knobs is not None
+    assert lone.journal[0].knobs.reason == "predictive: nobody decodes, no limit; slew limit, wanted 2048"
+
+
+@pytest.mark.parametrize(("budget", "chunk"), [(256, 256), (512, 96), (40, 2048)])
+def test_foresight_is_what_happens(budget: int, chunk: int) -> None:
+    loop = Loop(None, config=EngineConfig(budget_tokens=budget, chunk_tokens=min(chunk, 2048)))
+    loop.run_saturated(20, streams=12)
+    surprises = heads = 0
+    for now, after in zip(loop.link.published, loop.link.published[1:], strict=False):
+        outlook = foresee(now)
+        ended = len(after.completed[0].finished) if after.completed else 0
+        assert outlook.decodes - ended <= after.batch.decode_tokens <= outlook.decodes + 1
+        if after.batch.decode_tokens != outlook.decodes - ended:
+            surprises += 1  # a prompt ended just where the budget or the chunk did
+            continue
+        if not ended:
+            assert after.batch.decode_context_tokens == outlook.decode_context_tokens
+        if outlook.head_context_tokens and after.batch.prefill_requests:
+            assert after.batch.prefill_context_tokens[0] == outlook.head_context_tokens
+            heads += 1
+        if outlook.head_context_tokens and outlook.head_remaining_tokens:
+            assert after.queue.head_remaining_tokens == outlook.head_remaining_tokens
+    assert surprises < 0.02 * len(loop.link.published)
+    assert heads > 20
+
+
+def test_the_kv_cache_is_reckoned_from_what_it_holds() -> None:
+    loop = Loop(None, config=EngineConfig(budget_tokens=512, chunk_tokens=512, kv_blocks=500))
+    loop.run_saturated(40)
+    sizes = [kv_tokens(t)[1] for t in loop.link.published if t.kv_usage > 0.5]
+    assert len(sizes) > 100
+    assert np.median(sizes) == pytest.approx(8000, rel=0.03)
+    assert max(sizes) < 1.03 * 8000
+    assert min(sizes) > 0.5 * 8000, "the rest of a prompt that is not the head is not seen"
+    assert kv_tokens(Loop(None).step()) == (math.inf, math.inf)
 
 
 def test_the_window_gives_the_weighted_quantile_of_its_last_values() -> None:

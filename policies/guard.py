@@ -33,8 +33,8 @@ class GuardLimits:
 class Guard:
     """A law made safe, for one engine: clamp, slew limit, stale input, failure, lock-in watch.
 
-    The law is made from telemetry at adoption, and afresh after it raised. One that answers for no SLO has its knobs
-    fixed by the user: they act at once, and there is no lock-in to watch for.
+    The law is made from telemetry at adoption, and afresh after it raised. Knobs of one without a promise (fixed by the
+    user, or a peer's law compared as published) act at once: no slew limit, and no lock-in to watch for.
     """
 
     def __init__(

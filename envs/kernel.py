@@ -1,0 +1,244 @@
+"""The simulator's inner loop: the engine's own batching rule under modelled time, compiled by numba.
+
+`advance` is one iteration; everything above it is a step of it, in the order it happens.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+
+import engine.batching
+import envs.stages
+import envs.step_time
+from engine.batching import Limits, form_batch
+from envs.stages import drop_without_blocks, launch, mean_s, retire
+from envs.state import IntArray, Rules, State
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _forget_stale_machine_code() -> None:
+    """Numba's cache looks at this file alone, but the code in it has the callees of other files inlined."""
+    sources = [Path(module.__file__ or "").stat().st_mtime for module in (engine.batching, envs.step_time, envs.stages)]
+    for index in (Path(__file__).parent / "__pycache__").glob("*.nbi"):
+        if index.stat().st_mtime < max(sources):
+            index.unlink(missing_ok=True)
+
+
+_forget_stale_machine_code()
+
+
+def _njit(function: F) -> F:
+    return cast(F, numba.njit(cache=True, nogil=True, inline="always")(function))
+
+
+@_njit
+def _blocks(tokens: int, block_tokens: int) -> int:
+    return -(-tokens // block_tokens)
+
+
+@_njit
+def _enqueue(state: State, rules: Rules, slot: int) -> None:
+    """Ready a request for (re)admission: what it has so far is its prompt."""
+    known = state.requests.prompt_tokens[slot] + state.requests.produced[slot]
+    held = state.requests.prompt_tokens[slot] + state.requests.output_tokens[slot] if rules.reserve_output else known
+    state.arrays.context[slot] = 0
+    state.arrays.prefill_end[slot] = known
+    state.arrays.need_blocks[slot] = _blocks(held, rules.limits.block_tokens)
+    state.scalars[0].waiting_tokens += known
+
+
+@_njit
+def _arrive(state: State, rules: Rules) -> None:
+    s = state.scalars[0]
+    while s.arrived < len(state.requests.arrival_s) and state.requests.arrival_s[s.arrived] <= s.now_s:
+        _enqueue(state, rules, s.arrived)
+        state.waiting[s.tail] = s.arrived
+        s.tail += 1
+        s.arrived += 1
+
+
+@_njit
+def _candidates(state: State) -> IntArray:
+    """The running requests that can be scheduled, oldest first."""
+    s = state.scalars[0]
+    if s.in_flight == 0:
+        return state.running[: s.n_running]
+    n = 0
+    for i in range(s.n_running):
+        slot = state.running[i]
+        state.candidates[n] = slot
+        n += 1 - state.requests.flying[slot]
+    return state.candidates[:n]
+
+
+@_njit
+def _plan_batch(state: State, rules: Rules, budget: int, chunk: int) -> tuple[int, int, int, int]:
+    """What the engine's rule would do under these knobs: the plan is written, nothing else changes."""
+    s, limits = state.scalars[0], rules.limits
+    seats = Limits(
+        limits.max_requests - s.flying_requests, limits.max_budget_tokens, limits.block_tokens, limits.tile_tokens
+    )
+    waiting = state.waiting[s.head : min(s.tail, s.head + limits.max_requests)]
+    return form_batch(
+        rules.schedule,
+        budget,
+        chunk,
+        s.prefill_turn == 1,
+        s.free_blocks,
+        _candidates(state),
+        waiting,
+        state.arrays,
+        seats,
+        state.plan,
+    )
+
+
+@_njit
+def _compose(state: State, decodes: int, rows: int) -> None:
+    """Sum up the planned batch, before it changes any context; a newcomer's context is 0 until then."""
+    s, context = state.scalars[0], state.arrays.context
+    slots, tokens = state.plan.slots, state.plan.tokens
+    decode_context = prefill_tokens = 0
+    attention_tokens2 = 0.0
+    for row in range(decodes):
+        decode_context += context[slots[row]]
+    for row in range(decodes, rows):
+        prefill_tokens += tokens[row]
+        attention_tokens2 += tokens[row] * (context[slots[row]] + 0.5 * tokens[row])
+    s.rows, s.decodes, s.prefills = rows, decodes, rows - decodes
+    s.decode_context, s.prefill_tokens, s.attention_tokens2 = decode_context, prefill_tokens, attention_tokens2
+
+
+@_njit
+def _ideal_budget(state: State, rules: Rules, limit_s: float) -> int:
+    """The clairvoyant law: the largest whole-tile budget whose true mean time is within the limit.
+
+    There is no limit while nothing decodes. At least one tile (the rule serves every decode whatever the budget).
+    """
+    tile = rules.limits.tile_tokens
+    low, high = 1, rules.limits.max_budget_tokens // tile
+    probe = high  # often everything fits; else halve
+    while low < high:
+        decodes, prefills, admitted, _ = _plan_batch(state, rules, probe * tile, probe * tile)
+        _compose(state, decodes, decodes + prefills + admitted)
+        if decodes == 0 or mean_s(state, rules) <= limit_s:
+            low = probe
+        else:
+            high = probe - 1
+        probe = (low + high + 1) // 2
+    return low * tile
+
+
+@_njit
+def _form(state: State, rules: Rules, budget: int, chunk: int) -> int:
+    """Form the next batch under the knobs and take its KV blocks. Returns its rows."""
+    s, arrays, plan, requests = state.scalars[0], state.arrays, state.plan, state.requests
+    decodes, prefills, admitted, preempted = _plan_batch(state, rules, budget, chunk)
+    for i in range(preempted):
+        slot = plan.preempted[i]
+        s.free_blocks += arrays.held_blocks[slot]
+        arrays.held_blocks[slot] = 0
+        _enqueue(state, rules, slot)
+        s.head -= 1
+        state.waiting[s.head] = slot
+    if preempted > 0:
+        s.preemptions += preempted
+        drop_without_blocks(state)
+    for _ in range(admitted):
+        slot = state.waiting[s.head]
+        s.head += 1
+        arrays.held_blocks[slot] = arrays.need_blocks[slot]
+        s.free_blocks -= arrays.need_blocks[slot]
+        s.waiting_tokens -= arrays.prefill_end[slot]
+        if np.isnan(requests.first_scheduled_s[slot]):
+            requests.first_scheduled_s[slot] = s.now_s
+        state.running[s.n_running] = slot
+        s.n_running += 1
+    context, held_blocks, slots, block_tokens = (
+        arrays.context,
+        arrays.held_blocks,
+        plan.slots,
+        rules.limits.block_tokens,
+    )
+    for row in range(decodes):
+        slot = slots[row]
+        if context[slot] >= held_blocks[slot] * block_tokens:
+            held_blocks[slot] += 1
+            s.free_blocks -= 1
+    s.prefill_turn = decodes > 0
+    s.budget, s.chunk = budget, chunk
+    _compose(state, decodes, decodes + prefills + admitted)
+    return decodes + prefills + admitted
+
+
+@_njit
+def _log(state: State) -> None:
+    s = state.scalars[0]
+    row = state.log[s.n_logged]
+    row[0], row[1], row[2] = s.now_s, s.budget, s.chunk
+    row[3], row[4], row[5] = s.decodes, s.prefill_tokens, s.tail - s.head
+    s.n_logged += 1
+
+
+@_njit
+def advance(state: State, rules: Rules, budget: int, chunk: int, limit_s: float) -> int:
+    """Launch one iteration, and book all that completed before it was formed.
+
+    Under the clairvoyant law (`limit_s` > 0) the knobs are ignored. Returns the rows of its batch; 0 if nothing is left
+    to run for now: the next call then begins at the next arrival.
+    """
+    s = state.scalars[0]
+    s.n_done = s.n_gaps = s.n_firsts = s.n_finished = 0
+    n_stages, n_requests = len(state.flight.rows), len(state.requests.arrival_s)
+    if s.in_flight == 0 and s.head == s.tail and s.n_running == 0 and s.arrived < n_requests:
+        s.now_s = s.work_since_s = max(s.now_s, state.requests.arrival_s[s.arrived])
+    while True:
+        s.now_s = max(s.now_s, s.next_free_s)
+        if s.in_flight == n_stages:
+            s.now_s = max(s.now_s, state.flight.completed_s[s.oldest])
+        while s.in_flight > 0 and state.flight.completed_s[s.oldest] <= s.now_s:
+            retire(state)
+        _arrive(state, rules)
+        if limit_s > 0.0:
+            budget = chunk = _ideal_budget(state, rules, limit_s)
+        if _form(state, rules, budget, chunk) > 0:
+            launch(state, rules)
+            _log(state)
+            return int(s.rows)
+        if s.in_flight == 0:
+            return 0
+        s.now_s = state.flight.completed_s[s.oldest]  # all that runs is on the stages
+        if s.arrived < n_requests:
+            s.now_s = min(s.now_s, max(state.requests.arrival_s[s.arrived], s.next_free_s))
+
+
+@_njit
+def run(
+    state: State, rules: Rules, budget: int, chunk: int, limit_s: float, until_s: float, max_iterations: int
+) -> int:
+    """Iterations under one law, until all requests have ended, the time or their number is reached, or the log is full.
+
+    Returns the rows of the last batch.
+    """
+    s = state.scalars[0]
+    n_requests, rows = len(state.requests.arrival_s), 0
+    for _ in range(max_iterations):
+        rows = advance(state, rules, budget, chunk, limit_s)
+        if s.finished == n_requests or s.now_s >= until_s or s.n_logged == len(state.log):
+            break
+    return rows
+
+
+@_njit
+def head_prefill(state: State) -> int:
+    """The slot of the oldest running request with prompt left to compute, else of the first waiting one, else -1."""
+    s = state.scalars[0]
+    for i in range(s.n_running):
+        slot = state.running[i]
+        if state.arrays.context[slot] < state.arrays.prefill_end[slot]:
+            return int(slot)
+    return int(state.waiting[s.head]) if s.head < s.tail else -1

@@ -1,0 +1,92 @@
+"""What a simulated run gave: every request's times, exactly, and the statistics that are asked of them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.slo import Slo
+from envs.trace import Workload
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """One row a request, in order of arrival; times are float64 seconds from the start, NaN where it did not happen.
+
+    `token_times_s` holds the times of all output tokens, request after request: those of request i begin at
+    `first_token_row[i]`, and `produced[i]` of them happened. `stage_bubble_s` is time that a stage stood idle while
+    there was work, float64 [stages]. `log` has one row an iteration if it was kept, columns `LOG_COLUMNS`.
+    """
+
+    workload: Workload
+    first_scheduled_s: FloatArray
+    produced: IntArray
+    first_token_row: IntArray
+    token_times_s: FloatArray
+    duration_s: float
+    iterations: int
+    preemptions: int
+    stage_busy_s: FloatArray
+    stage_bubble_s: FloatArray
+    log: FloatArray
+
+    @property
+    def finished(self) -> BoolArray:
+        return np.equal(self.produced, self.workload.output_tokens)
+
+    @property
+    def scheduling_delay_s(self) -> FloatArray:
+        """Arrival to first scheduled."""
+        return self.first_scheduled_s - self.workload.arrival_s
+
+    @property
+    def ttft_s(self) -> FloatArray:
+        """Arrival to first token."""
+        return self.token_times_s[self.first_token_row] - self.workload.arrival_s
+
+    @property
+    def e2el_s(self) -> FloatArray:
+        """Arrival to last token, of finished requests."""
+        last = self.token_times_s[self.first_token_row + self.workload.output_tokens - 1]
+        return np.where(self.finished, last, np.nan) - self.workload.arrival_s
+
+    @property
+    def tpot_s(self) -> FloatArray:
+        """Mean gap of a finished request; NaN for one of a single token."""
+        gaps = self.workload.output_tokens - 1
+        first = self.token_times_s[self.first_token_row]
+        last = self.token_times_s[self.first_token_row + gaps]
+        return np.where(self.finished & (gaps > 0), (last - first) / np.maximum(gaps, 1), np.nan)
+
+    @property
+    def tbt_s(self) -> FloatArray:
+        """Every gap between two tokens of a request, in no particular order."""
+        gaps = np.diff(self.token_times_s)
+        within = np.ones(len(gaps), np.bool_)
+        within[self.first_token_row[1:] - 1] = False
+        return gaps[within & ~np.isnan(gaps)]
+
+    def tokens_in_slo(self, tbt_slo_s: float) -> float:
+        """Share of the gaps, 0 to 1, that are within the bound; 1 without any."""
+        gaps = self.tbt_s
+        return float(np.mean(gaps <= tbt_slo_s)) if len(gaps) else 1.0
+
+    def met(self, slo: Slo) -> BoolArray:
+        """Which requests kept the SLO; one that did not finish has missed it."""
+        rows = zip(self.first_token_row.tolist(), self.produced.tolist(), strict=True)
+        times = (self.token_times_s[row : row + n] for row, n in rows)
+        latencies = zip(self.finished, self.ttft_s, times, self.e2el_s, strict=True)
+        return np.array([bool(done) and slo.met(ttft, np.diff(t), e2el) for done, ttft, t, e2el in latencies])
+
+    def goodput(self, slo: Slo) -> float:
+        """Requests per second that met the SLO."""
+        return float(self.met(slo).sum()) / self.duration_s
+
+    @property
+    def throughput(self) -> float:
+        """Output tokens per second."""
+        return float(self.produced.sum()) / self.duration_s

@@ -1,0 +1,142 @@
+"""Batches on the pipeline stages: how long they take, and what happens when one is done."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+
+from envs.state import FloatArray, Rules, State
+from envs.step_time import mean_step_s
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _njit(function: F) -> F:
+    return cast(F, numba.njit(cache=True, nogil=True, inline="always")(function))
+
+
+@_njit
+def drop_without_blocks(state: State) -> None:
+    """Take the finished and the preempted out of the running list: those are the ones that hold no KV block."""
+    s = state.scalars[0]
+    running, held_blocks = state.running, state.arrays.held_blocks
+    kept = 0
+    for i in range(s.n_running):
+        slot = running[i]
+        running[kept] = slot
+        kept += held_blocks[slot] > 0
+    s.n_running = kept
+
+
+@_njit
+def _book_tokens(state: State, first: int) -> bool:
+    """The output tokens of a microbatch that is done. Returns whether any request ended.
+
+    Arrays are taken out of the state before the loop: this is where most of the time goes.
+    """
+    s, requests, report, arrays = state.scalars[0], state.requests, state.report, state.arrays
+    context, prefill_end, held_blocks = arrays.context, arrays.prefill_end, arrays.held_blocks
+    produced, outputs = requests.produced, requests.output_tokens
+    first_token_row, times_s = requests.first_token_row, state.token_times_s
+    gap_s, gap_slots, first_slots = report.gap_s, report.gap_slots, report.first_slots
+    slots, tokens = state.flight.slots[first], state.flight.tokens[first]
+    completed_s, rows = state.flight.completed_s[first], state.flight.rows[first]
+    n_gaps, n_firsts, n_finished = s.n_gaps, s.n_firsts, s.n_finished
+    for row in range(rows):
+        slot = slots[row]
+        context[slot] += tokens[row]
+        if context[slot] < prefill_end[slot]:
+            continue
+        token = first_token_row[slot] + produced[slot]
+        times_s[token] = completed_s
+        if produced[slot] == 0:
+            first_slots[n_firsts] = slot
+            n_firsts += 1
+        else:
+            gap_s[n_gaps] = completed_s - times_s[token - 1]
+            gap_slots[n_gaps] = slot
+            n_gaps += 1
+        produced[slot] += 1
+        if produced[slot] == outputs[slot]:
+            s.free_blocks += held_blocks[slot]
+            held_blocks[slot] = 0
+            report.finished_slots[n_finished] = slot
+            n_finished += 1
+    ended = n_finished > s.n_finished
+    s.finished += n_finished - s.n_finished
+    s.n_gaps, s.n_firsts, s.n_finished = n_gaps, n_firsts, n_finished
+    return bool(ended)
+
+
+@_njit
+def retire(state: State) -> None:
+    """Complete the oldest microbatch: contexts grow, tokens are booked, requests end."""
+    s, flight = state.scalars[0], state.flight
+    first = s.oldest
+    if len(flight.rows) > 1:
+        for row in range(flight.rows[first]):
+            state.requests.flying[flight.slots[first, row]] = 0
+    if _book_tokens(state, first):
+        drop_without_blocks(state)
+    done = state.report.done[s.n_done]
+    done.iteration, done.scheduled_s = flight.iteration[first], flight.scheduled_s[first]
+    done.completed_s = flight.completed_s[first]
+    state.report.busy_s[s.n_done] = flight.busy_s[first]
+    state.report.bubble_s[s.n_done] = flight.bubble_s[first]
+    done.gaps_end, done.firsts_end, done.finished_end = s.n_gaps, s.n_firsts, s.n_finished
+    s.n_done += 1
+    s.flying_requests -= flight.rows[first]
+    s.in_flight -= 1
+    s.oldest = (first + 1) % len(flight.rows)
+
+
+@_njit
+def mean_s(state: State, rules: Rules) -> float:
+    """True mean time of the composed batch on one stage."""
+    s = state.scalars[0]
+    seconds = mean_step_s(
+        rules.coefficients, s.decodes, s.decode_context, s.prefills, s.prefill_tokens, s.attention_tokens2
+    )
+    return float(s.slowdown * seconds)
+
+
+@_njit
+def _noise(seed: int, counter: int, residuals: FloatArray) -> float:
+    """The factor of one batch on one stage: a hash of its number (splitmix64), so that laws meet the same noise."""
+    z = np.uint64(seed) * np.uint64(0xD1342543DE82EF95) + np.uint64(counter) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return float(residuals[np.int64(z % np.uint64(len(residuals)))])
+
+
+@_njit
+def launch(state: State, rules: Rules) -> None:
+    """Put the batch on the stages: each begins when it is free and the stage before has handed over."""
+    s, flight, plan = state.scalars[0], state.flight, state.plan
+    n_stages = len(flight.rows)
+    ring = (s.oldest + s.in_flight) % n_stages
+    slots, tokens, planned_slots, planned_tokens = flight.slots, flight.tokens, plan.slots, plan.tokens
+    for row in range(s.rows):
+        slots[ring, row], tokens[ring, row] = planned_slots[row], planned_tokens[row]
+    if n_stages > 1:  # with one stage nothing flies when a batch is formed
+        for row in range(s.rows):
+            state.requests.flying[planned_slots[row]] = 1
+    s.iteration += 1
+    flight.rows[ring], flight.iteration[ring], flight.scheduled_s[ring] = s.rows, s.iteration, s.now_s
+    expected_s = mean_s(state, rules)
+    handed_s = s.now_s
+    for stage in range(n_stages):
+        busy_s = expected_s * _noise(s.seed, s.iteration * n_stages + stage, rules.residuals)
+        start_s = max(handed_s, state.stage_free_s[stage])
+        bubble_s = start_s - max(state.stage_free_s[stage], s.work_since_s)
+        flight.busy_s[ring, stage], flight.bubble_s[ring, stage] = busy_s, bubble_s
+        state.stage_busy_s[stage] += busy_s
+        state.stage_bubble_s[stage] += bubble_s
+        handed_s = start_s + busy_s
+        state.stage_free_s[stage] = handed_s
+    flight.completed_s[ring] = handed_s
+    s.next_free_s = state.stage_free_s[0]
+    s.in_flight += 1
+    s.flying_requests += s.rows

@@ -1,0 +1,291 @@
+"""How long an iteration takes, given what it computes: a mean, the noise around it, and the range it was measured in.
+
+    decode-only   fixed + f(tokens) + g(context of the decodes)
+    mixed         fixed + f(tokens) + decodes + g(context of the decodes) + prefill requests + h(W)
+
+W is the sum of c (L + c/2) over the chunks c at context L. f, g and h are piecewise linear and never fall, so the mean
+never falls when a batch grows. Tokens may be padded to CUDA graph sizes and GEMM tiles: then f is a staircase. An
+iteration's time is the mean times a random factor of mean 1. `envs.step_time_fit` makes a model from measurements.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, TypeVar, cast
+
+import msgspec
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+F = TypeVar("F", bound=Callable[..., Any])
+
+CURVES = ("tokens", "decodes", "decode_context_tokens", "prefill_requests", "prefill_attention_tokens2")
+DECODE_ONLY_CURVES = ("tokens", "decode_context_tokens")
+N_RESIDUALS = 256
+LEAST_S = 1e-6
+_HEAD = 8
+VERSION = 1
+
+
+class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Seconds that a quantity adds: from `starts[i]` to the next start, `slopes_s[i]` for each unit."""
+
+    starts: tuple[float, ...] = (0.0,)
+    slopes_s: tuple[float, ...] = (0.0,)
+
+    def __post_init__(self) -> None:
+        ascending = list(self.starts) == sorted(set(self.starts)) and self.starts[:1] == (0.0,)
+        if not ascending or len(self.starts) != len(self.slopes_s) or not all(s >= 0 for s in self.slopes_s):
+            raise ValueError(f"{self} is no curve: give ascending starts from 0 and as many slopes, none below 0")
+
+
+class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Least and most of each quantity of a regime's measured iterations."""
+
+    decodes: tuple[float, float]
+    decode_context_tokens: tuple[float, float]
+    prefill_requests: tuple[float, float]
+    prefill_tokens: tuple[float, float]
+    prefill_attention_tokens2: tuple[float, float]
+
+
+class Regime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Mean step time of decode-only or of mixed iterations: the sum of its parts.
+
+    `tokens` are decode and prefill tokens together, padded up to the next of `padded_sizes`, and above the largest of
+    them to a multiple of `tile_tokens`. `measured` is None for a formula, which knows no range.
+    """
+
+    fixed_s: float
+    tokens: Curve = Curve()
+    decodes: Curve = Curve()
+    decode_context_tokens: Curve = Curve()
+    prefill_requests: Curve = Curve()
+    prefill_attention_tokens2: Curve = Curve()
+    padded_sizes: tuple[float, ...] = ()
+    tile_tokens: int = 1
+    measured: Range | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.fixed_s >= 0 and self.tile_tokens >= 1 and list(self.padded_sizes) == sorted(self.padded_sizes)):
+            raise ValueError(
+                f"fixed_s {self.fixed_s}, tile_tokens {self.tile_tokens}, padded_sizes {self.padded_sizes}: give a "
+                "time of at least 0, a tile of at least 1 and ascending sizes"
+            )
+
+    def scaled(self, factor: float) -> "Regime":
+        curves = {name: getattr(self, name) for name in CURVES}
+        return msgspec.structs.replace(
+            self,
+            fixed_s=self.fixed_s * factor,
+            **{name: Curve(c.starts, tuple(s * factor for s in c.slopes_s)) for name, c in curves.items()},
+        )
+
+
+class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a saved model holds, in words of the file. `held_out` and `provenance` tell how far to trust it.
+
+    `mixed_at_least_decode_only`: a mixed iteration takes no less than its decodes would take alone.
+    """
+
+    version: int
+    mixed_at_least_decode_only: bool
+    decode_only: Regime
+    mixed: Regime
+    residuals: tuple[float, ...]
+    held_out: dict[str, dict[str, float]] = {}
+    provenance: dict[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise ValueError(f"step-time model of version {self.version}; this Pacer reads {VERSION}: fit it again")
+        for name in set(CURVES) - set(DECODE_ONLY_CURVES):
+            if getattr(self.decode_only, name) != Curve():
+                raise ValueError(f"a decode-only iteration has no {name} beside its tokens: leave that curve out")
+        r = np.array(self.residuals)
+        if r.shape != (N_RESIDUALS,) or not (r > 0).all() or (np.diff(r) < 0).any() or abs(r.mean() - 1) > 1e-6:
+            raise ValueError(f"residuals must be {N_RESIDUALS} factors above 0, ascending, of mean 1: fit it again")
+
+
+def _njit(function: F) -> F:
+    return cast(F, numba.njit(cache=True, nogil=True)(function))
+
+
+@_njit
+def _padded(c: FloatArray, tile: float, sizes: int, at: int, tokens: float) -> float:
+    if sizes > 0 and tokens <= c[at + sizes - 1]:
+        return float(c[at + np.searchsorted(c[at : at + sizes], tokens)])
+    return float(np.ceil(tokens / tile) * tile) if tile > 1.0 else tokens
+
+
+@_njit
+def _curve(c: FloatArray, at: int, pieces: int, x: float) -> float:
+    # No branch and no term below 0: fast, and never falling in floating point either.
+    seconds = 0.0
+    for i in range(at, at + 3 * pieces, 3):
+        seconds += c[i + 2] * min(max(x - c[i], 0.0), c[i + 1])
+    return seconds
+
+
+@_njit
+def mean_step_s(
+    coefficients: FloatArray,
+    decodes: float,
+    decode_context_tokens: float,
+    prefill_requests: float,
+    prefill_tokens: float,
+    prefill_attention_tokens2: float,
+) -> float:
+    """Mean seconds of an iteration, above 0. `coefficients` are `StepTimeModel.coefficients`."""
+    c, context, pieces = coefficients, float(decode_context_tokens), int(coefficients[1])
+    width, sizes = 3 * pieces, _HEAD + 3 * pieces * (len(DECODE_ONLY_CURVES) + len(CURVES))
+    seconds = LEAST_S
+    if prefill_tokens <= 0 or c[0] > 0:
+        tokens = _padded(c, c[3], int(c[4]), sizes, float(decodes))
+        alone_s = c[2] + _curve(c, _HEAD, pieces, tokens) + _curve(c, _HEAD + width, pieces, context)
+        seconds = max(seconds, alone_s)
+    if prefill_tokens > 0:
+        at = _HEAD + 2 * width
+        tokens = _padded(c, c[6], int(c[7]), sizes + int(c[4]), float(decodes + prefill_tokens))
+        mixed_s = c[5] + _curve(c, at, pieces, tokens) + _curve(c, at + width, pieces, float(decodes))
+        mixed_s += _curve(c, at + 2 * width, pieces, context)
+        mixed_s += _curve(c, at + 3 * width, pieces, float(prefill_requests))
+        mixed_s += _curve(c, at + 4 * width, pieces, float(prefill_attention_tokens2))
+        seconds = max(seconds, mixed_s)
+    return seconds
+
+
+def _packed(d: Description) -> FloatArray:
+    """Flat: whether mixed is at least decode-only, pieces of a curve, of each regime (fixed, tile, number of sizes);
+    then the curves, piece by piece (start, width, slope) and all filled up to one length; then the sizes.
+    """
+    curves = [getattr(d.decode_only, name) for name in DECODE_ONLY_CURVES] + [getattr(d.mixed, name) for name in CURVES]
+    table = np.zeros((len(curves), max(len(curve.starts) for curve in curves), 3))
+    for row, curve in zip(table, curves, strict=True):
+        row[: len(curve.starts)] = np.stack(
+            [curve.starts, np.diff(curve.starts, append=np.inf), curve.slopes_s], axis=1
+        )
+    head = [float(d.mixed_at_least_decode_only), table.shape[1]]
+    for regime in (d.decode_only, d.mixed):
+        head += [regime.fixed_s, regime.tile_tokens, len(regime.padded_sizes)]
+    return np.concatenate([head, table.ravel(), d.decode_only.padded_sizes, d.mixed.padded_sizes])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTimeModel:
+    """Step time of one device, or of one pipeline stage if it was fitted to a stage's times.
+
+    `coefficients` is flat float64, for `mean_step_s` alone. `residuals`, float64 of shape [256], are equally likely
+    factors time / mean: ascending, of mean 1. Arguments named as in `mean_s` are those of one batch, W in tokens^2.
+    """
+
+    description: Description
+    coefficients: FloatArray = field(init=False)
+    residuals: FloatArray = field(init=False)
+
+    def __post_init__(self) -> None:
+        d = self.description
+        object.__setattr__(self, "coefficients", _packed(d))
+        object.__setattr__(self, "residuals", np.array(d.residuals))
+        self.coefficients.flags.writeable = self.residuals.flags.writeable = False
+
+    def mean_s(
+        self,
+        decodes: float,
+        decode_context_tokens: float,
+        prefill_requests: float,
+        prefill_tokens: float,
+        prefill_attention_tokens2: float,
+    ) -> float:
+        """Mean seconds of an iteration."""
+        batch = (decodes, decode_context_tokens, prefill_requests, prefill_tokens, prefill_attention_tokens2)
+        return mean_step_s(self.coefficients, *map(float, batch))
+
+    def quantile_s(
+        self,
+        q: float,
+        decodes: float,
+        decode_context_tokens: float,
+        prefill_requests: float,
+        prefill_tokens: float,
+        prefill_attention_tokens2: float,
+    ) -> float:
+        """Seconds that an iteration stays within with probability `q`."""
+        batch = (decodes, decode_context_tokens, prefill_requests, prefill_tokens, prefill_attention_tokens2)
+        return self.factor(q) * self.mean_s(*batch)
+
+    def factor(self, q: float) -> float:
+        """The `q` quantile of time / mean, linear between the residuals. Raises ValueError unless 0 <= q <= 1."""
+        if not 0 <= q <= 1:
+            raise ValueError(f"quantile {q} is not between 0 and 1: give a probability such as 0.99")
+        return float(np.quantile(self.residuals, q, method="hazen"))
+
+    def covers(
+        self,
+        decodes: float,
+        decode_context_tokens: float,
+        prefill_requests: float,
+        prefill_tokens: float,
+        prefill_attention_tokens2: float,
+    ) -> bool:
+        """Whether every quantity lies where the regime was measured; beyond, the mean extends the outermost lines."""
+        regime = self.description.mixed if prefill_tokens > 0 else self.description.decode_only
+        if regime.measured is None:
+            return True
+        batch = (decodes, decode_context_tokens, prefill_requests, prefill_tokens, prefill_attention_tokens2)
+        limits = msgspec.structs.astuple(regime.measured)
+        return all(low <= x <= high for x, (low, high) in zip(batch, limits, strict=True))
+
+    def with_noise(self, sigma: float) -> "StepTimeModel":
+        """With lognormal noise exp(sigma z - sigma^2/2) for the measured one; 0 is none."""
+        if not sigma >= 0:
+            raise ValueError(f"sigma is {sigma}; noise needs at least 0, such as 0.04 for 4 %")
+        z = [NormalDist().inv_cdf((i + 0.5) / N_RESIDUALS) for i in range(N_RESIDUALS)]
+        factors = np.exp(sigma * np.array(z))
+        residuals = tuple((factors / factors.mean()).tolist())
+        return StepTimeModel(msgspec.structs.replace(self.description, residuals=residuals))
+
+    def scaled(self, factor: float) -> "StepTimeModel":
+        """All times times `factor`: a pipeline stage's share (1 / stages if layers are dealt evenly)."""
+        d = self.description
+        regimes = {"decode_only": d.decode_only.scaled(factor), "mixed": d.mixed.scaled(factor)}
+        return StepTimeModel(msgspec.structs.replace(d, **regimes))
+
+    def save(self, path: Path) -> None:
+        """Write JSON, a line for each list of numbers."""
+        text = msgspec.json.format(msgspec.json.encode(self.description), indent=2).decode()
+        lines = re.sub(r"\[[^][{}]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
+        path.write_text(lines + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "StepTimeModel":
+        """Read what `save` wrote. Raises ValueError naming the file."""
+        try:
+            return cls(msgspec.json.decode(path.read_bytes(), type=Description))
+        except (ValueError, msgspec.MsgspecError) as error:
+            raise ValueError(f"{path} holds no step-time model: {error}") from error
+
+    @classmethod
+    def from_formula(cls, decode_only: Sequence[float], mixed: Sequence[float]) -> "StepTimeModel":
+        """Straight lines, without noise and without a range.
+
+        `decode_only` is (fixed, per decode, per context token), `mixed` (fixed, per token of any kind, per context
+        token of the decodes, per unit of W, per prefill request), all in seconds and at least 0.
+        """
+        fixed_s, decode_s, context_s = decode_only
+        lines = [Curve(slopes_s=(slope_s,)) for slope_s in mixed[1:]]
+        return cls(
+            Description(
+                VERSION,
+                mixed_at_least_decode_only=False,
+                decode_only=Regime(
+                    fixed_s, Curve(slopes_s=(decode_s,)), decode_context_tokens=Curve(slopes_s=(context_s,))
+                ),
+                mixed=Regime(mixed[0], lines[0], Curve(), lines[1], lines[3], lines[2]),
+                residuals=(1.0,) * N_RESIDUALS,
+            )
+        )

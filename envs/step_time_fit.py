@@ -1,0 +1,251 @@
+"""Fit a step-time model to measured iterations.
+
+Decode-only and mixed iterations are fitted apart, each by non-negative least squares on piecewise-linear features:
+relative errors, Huber's weights, so that a few wild rows do not matter, and a penalty on changes of slope. Rows whose
+time stamps cannot be trusted one by one enter as sums (`envs.iterations.stretches`). How stiff the curves are, and
+whether tokens are padded to CUDA graph sizes or tiles, is what predicts left-out runs best.
+"""
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import nnls
+
+from envs.iterations import COMPOSITION, BoolArray, FloatArray, IntArray, Iterations, Stretches, stretches
+from envs.step_time import N_RESIDUALS, VERSION, Curve, Description, Range, Regime, StepTimeModel
+from envs.step_time_error import predict
+
+# vLLM's capture sizes (vllm/config, cudagraph_capture_sizes).
+GRAPH_SIZES = (1.0, 2.0, 4.0, *map(float, range(8, 256, 8)), *map(float, range(256, 513, 16)))
+TILES = (16, 64, 128, 256)
+STIFFNESS = (0.001, 0.01, 0.1, 1.0)
+STANDARD_ERRORS = 2.0  # by which a staircase must lower the held-out error: it is a discontinuity to every law
+KNOTS = 2
+FOLDS = 10
+LEAST_STRETCHES = 20
+HUBER = 1.345  # 95 % efficient if the noise is normal
+ARTEFACT_DEVIATIONS = 6.0
+REWEIGHTINGS = 40
+
+
+class Shape(NamedTuple):
+    """What is chosen by held-out error."""
+
+    stiffness: float
+    padded_sizes: tuple[float, ...] = ()
+    tile_tokens: int = 1
+
+    def padded(self, tokens: FloatArray) -> FloatArray:
+        tiled = np.ceil(tokens / self.tile_tokens) * self.tile_tokens
+        if not self.padded_sizes:
+            return tiled
+        sizes = np.array(self.padded_sizes)
+        index = np.minimum(np.searchsorted(sizes, tokens), len(sizes) - 1)
+        return np.where(tokens <= sizes[-1], sizes[index], tiled)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """The stretches of one regime with a known time, and the rows of that regime in them.
+
+    `quantities` maps a curve's name to float64 [rows], and `knots` to where its slope may change; `first_row` is int64
+    [stretches]. `seconds` is what the regime's rows of a stretch take together, `around_s` what its other rows take.
+    """
+
+    quantities: Mapping[str, FloatArray]
+    knots: Mapping[str, tuple[float, ...]]
+    first_row: IntArray
+    seconds: FloatArray
+    around_s: FloatArray
+    rows: IntArray
+    fold: IntArray
+
+    def features(self, shape: Shape) -> FloatArray:
+        """Sums over each stretch: 1, then what of each quantity lies between two knots; [stretches, coefficients]."""
+        columns = [np.ones(len(self.quantities["tokens"]))]
+        for name, knots in self.knots.items():
+            x = shape.padded(self.quantities[name]) if name == "tokens" else self.quantities[name]
+            edges = (0.0, *knots, np.inf)
+            columns += [np.clip(x - low, 0.0, high - low) for low, high in pairwise(edges)]
+        return np.add.reduceat(np.stack(columns, axis=1), self.first_row, axis=0)
+
+    def penalty(self, shape: Shape) -> FloatArray:
+        """Their products with the coefficients are to be small: changes of slope, in relative time at the last knot."""
+        rows, at, width = [], 1, 1 + sum(len(knots) + 1 for knots in self.knots.values())
+        scale = shape.stiffness * np.sqrt(self.rows.sum()) / np.median((self.seconds + self.around_s) / self.rows)
+        for knots in self.knots.values():
+            for i in range(len(knots)):
+                row = np.zeros(width)
+                row[at + i], row[at + i + 1] = scale * knots[-1], -scale * knots[-1]
+                rows.append(row)
+            at += len(knots) + 1
+        return np.array(rows).reshape(-1, width)
+
+
+def fit(iterations: Iterations, sources: Sequence[str] = ()) -> StepTimeModel:
+    """The step-time model of these iterations; `sources` are names kept as its provenance.
+
+    Held-out errors leave out whole runs (a tenth of them at a time), or a tenth of the time if there is one run only.
+    Of intervals, a sum beyond six robust standard deviations is taken for a stamp gone wrong and left out of the
+    residuals, on either side; device times all count. Raises ValueError if a regime has too few iterations.
+    """
+    joined = stretches(iterations)
+    held_out = {}
+    decode_only, held_out["decode_only"] = _fit_regime(iterations, joined, np.zeros(len(joined.rows)), mixed=False)
+    draft = Description(VERSION, True, decode_only, Regime(0.0), (1.0,) * N_RESIDUALS)
+    alone_s = np.where(iterations.mixed, 0.0, predict(StepTimeModel(draft), iterations))
+    mixed, held_out["mixed"] = _fit_regime(iterations, joined, joined.sums(alone_s), mixed=True)
+    model = StepTimeModel(Description(VERSION, True, decode_only, mixed, (1.0,) * N_RESIDUALS))
+    ratio = joined.seconds / joined.sums(predict(model, iterations))
+    factors = []
+    for is_mixed in (False, True):
+        chosen = (joined.mixed == is_mixed) & np.isfinite(ratio)
+        chosen = _without_artefacts(ratio, chosen) if iterations.intervals else chosen
+        factors.append(_quantiles(ratio[chosen], joined.rows[chosen]))
+    residuals = np.sort(np.concatenate(factors)).reshape(-1, 2).mean(axis=1)  # both regimes weigh the same
+    provenance = {
+        "sources": list(sources),
+        "iterations": {"decode_only": int((~iterations.mixed).sum()), "mixed": int(iterations.mixed.sum())},
+        "seconds": "interval_s" if iterations.intervals else "device_s",
+        "versions": {name: importlib.metadata.version(name) for name in ("pacer", "numpy", "scipy")},
+    }
+    noise = tuple(np.round(residuals / residuals.mean(), 6).tolist())
+    return StepTimeModel(Description(VERSION, True, decode_only, mixed, noise, held_out, provenance))
+
+
+def _fit_regime(
+    iterations: Iterations, joined: Stretches, around_s: FloatArray, *, mixed: bool
+) -> tuple[Regime, dict[str, float]]:
+    part = _part(iterations, joined, around_s, mixed=mixed)
+    shape, predicted_s = _choose(part, TILES if mixed else ())
+    features = part.features(shape)
+    coefficients = _solve(part, features, shape, np.ones(len(part.rows), np.bool_))
+    # Huber's fit is nearer to the median than to the mean: lift it to the mean.
+    ratio = (part.seconds + part.around_s) / (features @ coefficients + part.around_s)
+    kept = _without_artefacts(ratio, np.isfinite(ratio)) if iterations.intervals else np.isfinite(ratio)
+    coefficients = coefficients * _quantiles(ratio[kept], part.rows[kept]).mean()
+    curves, at = {}, 1
+    for name, knots in part.knots.items():
+        curves[name] = Curve((0.0, *knots), tuple(coefficients[at : at + len(knots) + 1].tolist()))
+        at += len(knots) + 1
+    known = iterations.rows(np.isfinite(iterations.seconds) & (iterations.mixed == mixed))
+    limits = [(float(x.min()), float(x.max())) for x in (getattr(known, name) for name in COMPOSITION)]
+    regime = Regime(
+        float(coefficients[0]),
+        **curves,
+        padded_sizes=shape.padded_sizes,
+        tile_tokens=shape.tile_tokens,
+        measured=Range(*limits),
+    )
+    error = np.abs(predicted_s / (part.seconds + part.around_s) - 1)
+    figures = {"median_error": np.median(error), "mean_error": error.mean(), "p90_error": np.quantile(error, 0.9)}
+    return regime, {
+        "sums_count": float(len(error)),
+        **{f"sums_{name}": round(float(x), 5) for name, x in figures.items()},
+    }
+
+
+def _part(iterations: Iterations, joined: Stretches, around_s: FloatArray, *, mixed: bool) -> Part:
+    stretch = (joined.mixed == mixed) & np.isfinite(joined.seconds)
+    row = stretch[joined.of_row] & (iterations.mixed == mixed)
+    name = "mixed" if mixed else "decode-only"
+    if stretch.sum() < LEAST_STRETCHES:
+        raise ValueError(
+            f"{stretch.sum()} stretches of {name} iterations; a fit needs {LEAST_STRETCHES}: record for longer, under "
+            "a load that now and then has prompts waiting and now and then has none"
+        )
+    chosen = iterations.rows(row)
+    quantities = {"tokens": chosen.decode_tokens + chosen.prefill_tokens}
+    bent = ["tokens"]
+    if mixed:
+        quantities["decodes"] = chosen.decode_tokens
+        quantities["prefill_requests"] = chosen.prefill_requests
+        quantities["prefill_attention_tokens2"] = chosen.prefill_attention_tokens2
+        bent.append("prefill_attention_tokens2")
+    else:
+        bent.append("decode_context_tokens")
+    quantities["decode_context_tokens"] = chosen.decode_context_tokens
+    knots = {name: _knots(x) if name in bent else () for name, x in quantities.items()}
+    first_row = np.flatnonzero(np.diff(joined.of_row[row], prepend=-1))
+    run = chosen.runs[first_row]
+    numbers = np.unique(run, return_inverse=True)[1]
+    fold = numbers % FOLDS if numbers.max() > 0 else np.arange(len(run)) * FOLDS // len(run)
+    seconds = joined.seconds[stretch] - around_s[stretch]
+    return Part(quantities, knots, first_row, seconds, around_s[stretch], joined.rows[stretch], fold)
+
+
+def _knots(x: FloatArray) -> tuple[float, ...]:
+    """Up to two, evenly apart on a logarithmic scale within the middle 90 % of what is above 0."""
+    low, high = np.quantile(x[x > 0], [0.05, 0.95]) if (x > 0).any() else (1.0, 1.0)
+    knots = np.unique(np.round(np.geomspace(max(low, 1.0), max(high, 1.0), KNOTS + 2)[1:-1]))
+    return tuple(knots.tolist()) if high > 2 * low else ()
+
+
+def _choose(part: Part, tiles: Iterable[int]) -> tuple[Shape, FloatArray]:
+    """The shape of least held-out error, and the seconds of each stretch predicted by a fit without its fold."""
+    folds = [part.fold == fold for fold in np.unique(part.fold)]
+
+    def held_out(shape: Shape) -> tuple[FloatArray, FloatArray]:
+        features, predicted_s = part.features(shape), part.around_s.copy()
+        for fold in folds:
+            predicted_s[fold] += features[fold] @ _solve(part, features, shape, ~fold)
+        error = np.abs(predicted_s / (part.seconds + part.around_s) - 1)
+        return np.array([np.median(error[fold]) for fold in folds]), predicted_s
+
+    smooth = min((Shape(stiffness) for stiffness in STIFFNESS), key=lambda shape: float(held_out(shape)[0].mean()))
+    smooth_errors, smooth_s = held_out(smooth)
+    best, least, best_s = smooth, 0.0, smooth_s
+    for shape in (smooth._replace(padded_sizes=GRAPH_SIZES), *(smooth._replace(tile_tokens=tile) for tile in tiles)):
+        errors, predicted_s = held_out(shape)
+        change = errors - smooth_errors
+        if change.mean() < min(least, -STANDARD_ERRORS * change.std(ddof=1) / np.sqrt(len(folds))):
+            best, least, best_s = shape, float(change.mean()), predicted_s
+    return best, best_s
+
+
+def _solve(part: Part, features: FloatArray, shape: Shape, chosen: BoolArray) -> FloatArray:
+    """Coefficients of the chosen stretches: iteratively reweighted, none below 0."""
+    x, seconds, around_s, rows = features[chosen], part.seconds[chosen], part.around_s[chosen], part.rows[chosen]
+    penalty = part.penalty(shape)
+    expected_s, weight = seconds + around_s, np.ones(len(seconds))
+    coefficients = np.zeros(x.shape[1])
+    for _ in range(REWEIGHTINGS):
+        scale = np.sqrt(weight * rows) / expected_s
+        equations = np.vstack([x * scale[:, None], penalty])
+        unit = np.linalg.norm(equations, axis=0)
+        unit[unit == 0] = 1.0
+        # The normal equations of a score of scaled unknowns: small, and NNLS takes their Cholesky factor as well.
+        gram = (equations / unit).T @ (equations / unit) + 1e-12 * np.eye(len(unit))
+        target = (equations / unit)[: len(seconds)].T @ (seconds * scale)
+        factor = np.linalg.cholesky(gram)
+        before, coefficients = coefficients, nnls(factor.T, np.linalg.solve(factor, target))[0] / unit
+        if np.allclose(before, coefficients, rtol=1e-6, atol=0):
+            break
+        expected_s = np.maximum(x @ coefficients + around_s, 1e-9)
+        error = (seconds + around_s) / expected_s - 1
+        spread = max(1.4826 * float(np.median(np.abs(error))), 1e-4)
+        weight = np.minimum(1.0, HUBER * spread / np.maximum(np.abs(error), 1e-9))
+    return coefficients
+
+
+def _without_artefacts(ratio: FloatArray, chosen: BoolArray) -> BoolArray:
+    """Those of the chosen within six robust standard deviations of their median, on a logarithmic scale."""
+    logarithm = np.log(np.where(chosen, ratio, 1.0))
+    centre = np.median(logarithm[chosen])
+    spread = max(1.4826 * float(np.median(np.abs(logarithm[chosen] - centre))), 1e-4)
+    near: BoolArray = np.abs(logarithm - centre) <= ARTEFACT_DEVIATIONS * spread
+    return chosen & near
+
+
+def _quantiles(ratio: FloatArray, rows: IntArray) -> FloatArray:
+    """Equally likely ratios, ascending, shape [256]; a ratio has the weight of its rows. The outermost 0.2 % on either
+    side do not show, such as a first batch that waits for memory.
+    """
+    order = np.argsort(ratio)
+    weight = rows[order] / rows.sum()
+    below = np.cumsum(weight) - weight / 2
+    return np.interp((np.arange(N_RESIDUALS) + 0.5) / N_RESIDUALS, below, ratio[order])

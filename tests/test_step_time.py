@@ -1,0 +1,382 @@
+import gzip
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import numba
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.random import Generator
+
+from envs.iterations import COMPOSITION, LONGEST_STRETCH, Iterations, load_iterations, stretches
+from envs.step_time import N_RESIDUALS, Curve, Description, Range, Regime, StepTimeModel, mean_step_s
+from envs.step_time_error import errors, predict
+from envs.step_time_fit import GRAPH_SIZES, fit
+
+FORMULA = StepTimeModel.from_formula((4.71e-3, 7.3e-6, 35e-9), (1.27e-3, 20.9e-6, 45.5e-9, 1.045e-9, 0.28e-3))
+TRUTH = StepTimeModel.from_formula((4.71e-3, 7.3e-6, 35e-9), (5e-3, 18e-6, 45.5e-9, 1.045e-9, 0.28e-3))
+QUIET = (1.0,) * N_RESIDUALS
+
+
+def described(decode_only: Regime, mixed: Regime, floor: bool = False) -> StepTimeModel:
+    return StepTimeModel(Description(1, floor, decode_only, mixed, QUIET))
+
+
+def recording(
+    truth: StepTimeModel, random: Generator, n: int = 1500, *, noise: float = 0.0, late: float = 0.0, run: int = 0
+) -> Iterations:
+    """Bursts of prompt chunks among decodes, timed by `truth`.
+
+    `late` is the share of a launch with prompt tokens by which the stamp of the iteration before it is late.
+    """
+    decodes = np.maximum(random.integers(-2, 3, n).cumsum() % 97, 1).astype(float)
+    burst = np.repeat(random.random(n // 5 + 1) < 0.4, random.integers(1, 10, n // 5 + 1))[:n]
+    burst = np.resize(burst, n)
+    prefill = np.where(burst, random.integers(1, 2049, n), 0).astype(float)
+    context = random.integers(0, 4000, n) * (random.random(n) < 0.5)
+    chosen = {
+        "decode_tokens": decodes,
+        "decode_context_tokens": decodes * random.integers(500, 1500, n),
+        "prefill_requests": np.where(burst, random.integers(1, 4, n), 0).astype(float),
+        "prefill_tokens": prefill,
+        "prefill_attention_tokens2": prefill * (context + prefill / 2),
+    }
+    known = Iterations(seconds=np.ones(n), **chosen)
+    seconds = predict(truth, known) * np.exp(noise * random.standard_normal(n) - noise**2 / 2)
+    delay_s = np.r_[np.where(burst[1:], late * seconds[1:], 0.0), 0.0]  # of each stamp
+    return Iterations(seconds=seconds + np.diff(delay_s, prepend=0.0), **chosen, run=np.full(n, run))
+
+
+def test_the_formula_gives_what_it_says() -> None:
+    assert FORMULA.mean_s(90, 100_000, 0, 0, 0) == pytest.approx(4.71e-3 + 90 * 7.3e-6 + 100_000 * 35e-9)
+    expected_s = 1.27e-3 + 990 * 20.9e-6 + 100_000 * 45.5e-9 + 2 * 0.28e-3 + 3e6 * 1.045e-9
+    assert FORMULA.mean_s(90, 100_000, 2, 900, 3e6) == pytest.approx(expected_s)
+    assert FORMULA.covers(10**6, 10**9, 0, 0, 0)
+    assert FORMULA.quantile_s(0.99, 1, 10, 0, 0, 0) == pytest.approx(FORMULA.mean_s(1, 10, 0, 0, 0))
+
+
+def test_compiled_code_takes_whole_numbers_too() -> None:
+    @numba.njit  # type: ignore[untyped-decorator]
+    def inside(coefficients: object) -> float:
+        return mean_step_s(coefficients, 90, 100_000, 2, 900, 3e6)  # type: ignore[arg-type]
+
+    assert inside(FORMULA.coefficients) == FORMULA.mean_s(90, 100_000, 2, 900, 3e6)
+
+
+def test_curves_bend_where_they_say() -> None:
+    bent = Curve((0.0, 100.0, 200.0), (1e-5, 0.0, 3e-5))
+    model = described(Regime(0.001, decode_context_tokens=bent), Regime(0.002, prefill_attention_tokens2=bent))
+    for x, more_s in ((0, 0.0), (50, 5e-4), (100, 1e-3), (150, 1e-3), (200, 1e-3), (300, 4e-3), (10_000, 0.295)):
+        assert model.mean_s(1, x, 0, 0, 0) == pytest.approx(0.001 + more_s)
+        assert model.mean_s(1, 7, 1, 1, x) == pytest.approx(0.002 + more_s)
+
+
+def test_tokens_are_padded_to_sizes_and_above_them_to_tiles() -> None:
+    line = Curve(slopes_s=(1e-3,))
+    stairs = Regime(0.0, line, padded_sizes=(1.0, 2.0, 8.0), tile_tokens=16)
+    model = described(stairs, stairs)
+    for tokens, padded in ((1, 1), (2, 2), (3, 8), (8, 8), (9, 16), (16, 16), (17, 32)):
+        assert model.mean_s(tokens, 0, 0, 0, 0) == pytest.approx(padded * 1e-3)
+        if tokens > 1:
+            assert model.mean_s(tokens - 1, 0, 1, 1, 0) == pytest.approx(padded * 1e-3)
+
+
+def test_a_mixed_iteration_takes_no_less_than_its_decodes_alone() -> None:
+    decode_only, mixed = Regime(0.005, Curve(slopes_s=(1e-5,))), Regime(0.001, Curve(slopes_s=(2e-5,)))
+    assert described(decode_only, mixed, floor=True).mean_s(10, 0, 1, 16, 0) == pytest.approx(0.0051)
+    assert described(decode_only, mixed, floor=False).mean_s(10, 0, 1, 16, 0) == pytest.approx(0.00152)
+    assert described(decode_only, mixed, floor=True).mean_s(10, 0, 1, 990, 0) == pytest.approx(0.021)
+
+
+slopes = st.floats(0, 1e-3)
+curves = st.lists(st.tuples(st.floats(1, 1e6), slopes), max_size=4, unique_by=lambda pair: pair[0]).flatmap(
+    lambda pairs: slopes.map(
+        lambda first: Curve((0.0, *(k for k, _ in sorted(pairs))), (first, *(s for _, s in sorted(pairs))))
+    )
+)
+sizes = st.sampled_from([(), (1.0, 2.0, 4.0, 8.0), GRAPH_SIZES])
+tiles = st.sampled_from([1, 16, 128])
+decode_only_regimes = st.builds(
+    Regime, st.floats(0, 0.1), tokens=curves, decode_context_tokens=curves, padded_sizes=sizes, tile_tokens=tiles
+)
+mixed_regimes = st.builds(Regime, st.floats(0, 0.1), curves, curves, curves, curves, curves, sizes, tiles)
+counts = st.integers(0, 10_000)
+batches = st.tuples(counts, st.integers(0, 10**7), st.integers(0, 100), counts, st.floats(0, 1e9))
+
+
+@settings(deadline=None)
+@given(decode_only_regimes, mixed_regimes, st.booleans(), batches, st.integers(0, 4), st.integers(1, 10_000))
+def test_the_mean_is_above_zero_and_never_falls_within_a_regime(
+    decode_only: Regime, mixed: Regime, floor: bool, batch: tuple[float, ...], argument: int, more: int
+) -> None:
+    model = described(decode_only, mixed, floor)
+    larger = tuple(x + more * (i == argument) for i, x in enumerate(batch))
+    least_s = model.mean_s(*batch)
+    assert least_s > 0
+    if (batch[3] > 0) == (larger[3] > 0):
+        assert model.mean_s(*larger) >= least_s
+
+
+def test_noise_is_lognormal_of_mean_one() -> None:
+    noisy = FORMULA.with_noise(0.04)
+    assert noisy.residuals.mean() == pytest.approx(1)
+    assert noisy.residuals.std() == pytest.approx(0.04, rel=0.02)
+    mean_s = FORMULA.mean_s(1, 10, 0, 0, 0)
+    assert noisy.mean_s(1, 10, 0, 0, 0) == mean_s
+    assert noisy.quantile_s(0.99, 1, 10, 0, 0, 0) == pytest.approx(mean_s * math.exp(0.04 * 2.326 - 0.0008), rel=2e-3)
+    assert noisy.factor(0.5) == pytest.approx(math.exp(-0.0008), rel=1e-4)
+    assert (noisy.with_noise(0).residuals == 1).all()
+    assert not noisy.residuals.flags.writeable
+    for sigma in (-0.1, math.nan):
+        with pytest.raises(ValueError, match="sigma"):
+            FORMULA.with_noise(sigma)
+    with pytest.raises(ValueError, match=r"1\.5"):
+        FORMULA.factor(1.5)
+
+
+def test_a_stage_takes_its_share() -> None:
+    for batch in ((3, 500, 0, 0, 0), (3, 500, 2, 800, 5e5)):
+        assert FORMULA.scaled(0.25).mean_s(*batch) == pytest.approx(FORMULA.mean_s(*batch) / 4)
+
+
+def test_the_range_is_that_of_the_regime() -> None:
+    alone = Range((1.0, 10.0), (1.0, 1000.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
+    beside = Range((0.0, 5.0), (0.0, 500.0), (1.0, 2.0), (16.0, 512.0), (1.0, 1e6))
+    model = described(Regime(0.001, measured=alone), Regime(0.001, measured=beside))
+    assert model.covers(10, 1000, 0, 0, 0)
+    assert not model.covers(11, 1000, 0, 0, 0)
+    assert not model.covers(10, 1001, 0, 0, 0)
+    assert model.covers(5, 500, 2, 512, 1e6)
+    assert not model.covers(6, 500, 2, 512, 1e6)
+    assert not model.covers(5, 500, 2, 15, 1e6)
+    assert not model.covers(5, 500, 3, 512, 1e6)
+
+
+def test_a_model_is_kept_in_readable_json(tmp_path: Path) -> None:
+    model = fit(recording(TRUTH, np.random.default_rng(3), noise=0.03), sources=["a test"])
+    path = tmp_path / "model.json"
+    model.save(path)
+    again = StepTimeModel.load(path)
+    assert again.description == model.description
+    assert np.array_equal(again.coefficients, model.coefficients)
+    kept = json.loads(path.read_text())
+    assert kept["provenance"]["sources"] == ["a test"]
+    assert kept["provenance"]["iterations"]["mixed"] + kept["provenance"]["iterations"]["decode_only"] == 1500
+    assert 0 < kept["held_out"]["mixed"]["sums_median_error"] < 0.03
+    assert len(path.read_text().splitlines()) < 150  # a list of numbers takes one line
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"residuals": [1.0] * 255}, "256"),
+        ({"residuals": [1.1] * 256}, "mean 1"),
+        ({"colour": "red"}, "colour"),
+        ({"mixed": {"fixed_s": -1.0}}, "fixed_s"),
+        ({"mixed": {"fixed_s": 1.0, "tokens": {"starts": [0.0], "slopes_s": [-1.0]}}}, "none below 0"),
+        ({"mixed": {"fixed_s": 1.0, "tokens": {"starts": [0.0, 5.0, 5.0], "slopes_s": [1, 1, 1]}}}, "ascending"),
+        ({"decode_only": {"fixed_s": 1.0, "decodes": {"starts": [0.0], "slopes_s": [1.0]}}}, "decodes"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path: Path, change: dict[str, object], named: str) -> None:
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps({**json.loads(msgspec.json.encode(FORMULA.description)), **change}))
+    with pytest.raises(ValueError, match=r"model\.json") as caught:
+        StepTimeModel.load(path)
+    assert named in str(caught.value)
+
+
+def test_a_fit_finds_the_truth_and_its_noise() -> None:
+    model = fit(recording(TRUTH, np.random.default_rng(1), noise=0.04))
+    fresh = recording(TRUTH, np.random.default_rng(2))
+    ratio = predict(model, fresh) / fresh.seconds
+    assert np.abs(ratio - 1).max() < 0.03
+    assert np.median(np.abs(ratio - 1)) < 0.006
+    timed_apart = fit(replace(recording(TRUTH, np.random.default_rng(1), noise=0.04), intervals=False))
+    assert timed_apart.residuals.std() == pytest.approx(0.04, rel=0.1)
+    assert timed_apart.factor(0.99) == pytest.approx(1.095, abs=0.02)
+
+
+@pytest.mark.parametrize("second_slope_s", [0.2e-3, 1.4e-3])
+def test_a_fit_bends_either_way_for_a_slow_processor(second_slope_s: float) -> None:
+    """About 10 ms + 0.7 ms a token, cheaper or dearer from 512 tokens on."""
+    tokens = Curve((0.0, 512.0), (0.7e-3, second_slope_s))
+    truth = described(Regime(0.01, Curve(slopes_s=(1e-3,))), Regime(0.01, tokens))
+    model = fit(replace(recording(truth, np.random.default_rng(4), noise=0.03), intervals=False))
+    judged = errors(model, recording(truth, np.random.default_rng(5)))
+    assert judged["mixed"]["median_error"] < 0.02
+    assert judged["mixed"]["p90_error"] < 0.08
+    assert judged["decode_only"]["median_error"] < 0.01
+
+
+def test_late_stamps_and_idle_gaps_do_not_mislead() -> None:
+    parts = [recording(TRUTH, np.random.default_rng(run), noise=0.03, late=0.6, run=run) for run in range(4)]
+    spoilt = Iterations.concatenate(parts)
+    spoilt.seconds[::97] = np.nan
+    spoilt.seconds[50::501] *= 30  # a stall that nothing explains
+    model = fit(spoilt)
+    fresh = recording(TRUTH, np.random.default_rng(9))
+    ratio = predict(model, fresh) / fresh.seconds
+    for regime in (fresh.mixed, ~fresh.mixed):
+        assert np.median(np.abs(ratio[regime] - 1)) < 0.015
+        assert abs(ratio[regime].mean() - 1) < 0.015
+    judged = errors(model, recording(TRUTH, np.random.default_rng(10), noise=0.03, late=0.6))
+    assert judged["all"]["r2_sums"] > 0.99
+    assert judged["all"]["r2"] < 0.9  # rows stay wrong by what was moved between them
+    assert model.factor(0.99) < 1.2
+
+
+def test_a_staircase_is_found_where_there_is_one_and_only_there() -> None:
+    line = Curve(slopes_s=(40e-6,))
+    stairs = described(
+        Regime(0.002, Curve(slopes_s=(60e-6,)), padded_sizes=GRAPH_SIZES), Regime(0.002, line, tile_tokens=256)
+    )
+    found = fit(recording(stairs, np.random.default_rng(6), noise=0.01)).description
+    assert found.decode_only.padded_sizes == GRAPH_SIZES
+    assert found.mixed.tile_tokens == 256
+    smooth = fit(recording(TRUTH, np.random.default_rng(6), noise=0.01)).description
+    for regime in (smooth.decode_only, smooth.mixed):
+        assert regime.padded_sizes == ()
+        assert regime.tile_tokens == 1
+
+
+def test_a_fit_knows_its_range() -> None:
+    seen = recording(TRUTH, np.random.default_rng(7))
+    model = fit(seen)
+    assert all(model.covers(*batch) for batch in zip(*(getattr(seen, name) for name in COMPOSITION), strict=True))
+    assert not model.covers(1000, 10_000, 0, 0, 0)
+    assert errors(model, seen)["all"]["covered"] == 1
+
+
+@pytest.mark.parametrize(("mixed", "named"), [(True, "decode-only"), (False, "mixed")])
+def test_a_recording_without_a_regime_is_refused(mixed: bool, named: str) -> None:
+    seen = recording(TRUTH, np.random.default_rng(8), n=200)
+    with pytest.raises(ValueError, match=f"of {named} iterations.*record for longer"):
+        fit(replace(seen.rows(seen.mixed == mixed), intervals=False))
+
+
+def rows(seconds: list[float], prefill: list[int], **more: object) -> Iterations:
+    tokens = np.array(prefill, float)
+    n = len(seconds)
+    return Iterations(
+        np.array(seconds), np.full(n, 2.0), np.full(n, 100.0), np.sign(tokens), tokens, tokens**2 / 2, **more
+    )
+
+
+def test_rows_are_joined_between_stamps_that_can_be_trusted() -> None:
+    #                   decode, decode, [decode, mixed, mixed, decode], decode
+    joined = stretches(rows([1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 8, 8, 0, 0]))
+    assert joined.of_row.tolist() == [0, 1, 2, 2, 2, 2, 3]
+    assert joined.seconds.tolist() == [1, 2, 18, 7]
+    assert joined.rows.tolist() == [1, 1, 4, 1]
+    assert joined.mixed.tolist() == [False, False, True, False]
+    assert joined.sums(np.arange(7.0)).tolist() == [0, 1, 14, 6]
+
+
+def test_an_unknown_time_takes_the_row_after_it_along() -> None:
+    joined = stretches(rows([1, 2, math.nan, 4, 5], [0, 0, 0, 0, 0]))
+    assert joined.of_row.tolist() == [0, 1, 2, 2, 3]
+    assert np.isnan(joined.seconds).tolist() == [False, False, True, False]
+
+
+def test_a_long_burst_is_cut_and_runs_are_kept_apart() -> None:
+    n = 2 * LONGEST_STRETCH + 3
+    assert stretches(rows([1.0] * n, [8] * n)).rows.tolist() == [LONGEST_STRETCH, LONGEST_STRETCH, 3]
+    assert stretches(rows([1.0] * 4, [8] * 4, run=np.array([0, 0, 5, 5]))).rows.tolist() == [2, 2]
+    assert stretches(rows([1.0] * 4, [8] * 4, intervals=False)).rows.tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "named"),
+    [
+        ("seconds", 0.0, "seconds in row 1"),
+        ("seconds", math.inf, "seconds in row 1"),
+        ("decode_tokens", -1.0, "decode_tokens in row 1"),
+        ("prefill_tokens", math.nan, "prefill_tokens in row 1"),
+    ],
+)
+def test_impossible_rows_are_refused_by_number(column: str, value: float, named: str) -> None:
+    good = rows([1.0, 1.0, 1.0], [0, 8, 0])
+    with pytest.raises(ValueError, match=named):
+        replace(good, **{column: np.where(np.arange(3) == 1, value, getattr(good, column))})
+    with pytest.raises(ValueError, match="row 0 computed no token"):
+        replace(good, decode_tokens=np.zeros(3))
+    with pytest.raises(ValueError, match="3 rows"):
+        replace(good, prefill_tokens=np.zeros(4))
+
+
+CSV = """time_s,interval_s,decode_tokens,prefill_tokens,prefill_requests,decode_context_tokens,prefill_attention_tokens2
+0.5,0.0317,3,0,0,60,0.0
+0.9,0.4,0,16,1,0,128.0
+1.0,0.1,0,16,1,0,384.0
+1.1,0.1,1,8,2,16,30.5
+"""
+
+
+def test_a_csv_tells_idle_gaps_by_what_ran(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.csv.gz"
+    path.write_bytes(gzip.compress(CSV.encode()))
+    read = load_iterations(path)
+    # The first row has no predecessor; at the second nothing had been running; the third goes on with a prompt.
+    assert np.isnan(read.seconds).tolist() == [True, True, False, False]
+    assert read.seconds[2:].tolist() == [0.1, 0.1]
+    assert read.prefill_tokens.tolist() == [0, 16, 16, 8]
+    assert read.prefill_attention_tokens2.tolist() == [0, 128, 384, 30.5]
+    assert read.intervals
+
+
+def test_a_table_of_our_own_journal_is_read_with_either_time(tmp_path: Path) -> None:
+    composed = [
+        dict.fromkeys(COMPOSITION, 1) | {"interval_s": interval_s, "device_s": 0.25, "engine_id": engine, "tbt_s": []}
+        for interval_s, engine in ((0.5, "a"), (0.5, "a"), (None, "a"), (0.5, "b"), (0.5, "b"))
+    ]
+    path = tmp_path / "telemetry.parquet"
+    pq.write_table(pa.Table.from_pylist(composed), path)
+    read = load_iterations(path)
+    assert np.isnan(read.seconds).tolist() == [True, False, True, True, False]
+    assert read.runs.tolist() == [0, 0, 0, 1, 1]
+    timed = load_iterations(path, "device_s")
+    assert timed.seconds.tolist() == [0.25] * 5
+    assert not timed.intervals
+    both = Iterations.concatenate([read, read])
+    assert both.runs.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    with pytest.raises(ValueError, match="all with"):
+        Iterations.concatenate([read, timed])
+    with pytest.raises(ValueError, match=r"telemetry\.parquet: no column stage_s"):
+        load_iterations(path, "stage_s")
+
+
+def test_errors_are_relative_to_what_was_measured() -> None:
+    model = described(Regime(1.0), Regime(2.0))
+    judged = errors(model, rows([1.0, 2.0, 4.0, 2.5, math.nan], [0, 0, 8, 8, 0], intervals=False))
+    assert judged["decode_only"]["count"] == 2
+    assert judged["decode_only"]["median_error"] == pytest.approx(0.25)  # 0 and 1/2
+    assert judged["decode_only"]["bias"] == pytest.approx(2 / 3 - 1)
+    assert judged["mixed"]["mean_error"] == pytest.approx((0.5 + 0.2) / 2)
+    assert judged["all"]["unknown_times"] == 1
+    seconds, predicted = np.array([1, 2, 4, 2.5]), np.array([1, 1, 2, 2])
+    r2 = 1 - ((seconds - predicted) ** 2).sum() / ((seconds - seconds.mean()) ** 2).sum()
+    assert judged["all"]["r2"] == judged["all"]["r2_sums"] == pytest.approx(r2)
+
+
+def test_sums_forgive_a_late_stamp_and_rows_do_not() -> None:
+    model = described(Regime(1.0), Regime(2.0))
+    judged = errors(model, rows([1.0, 2.5, 0.5, 1.0, 1.0], [0, 0, 8, 0, 0]))
+    assert judged["mixed"]["median_error"] == pytest.approx(3.0)
+    assert judged["mixed"]["sums_median_error"] == pytest.approx(0.0)
+    with pytest.raises(ValueError, match="known time"):
+        errors(model, rows([math.nan], [0]))
+
+
+def test_laws_can_use_a_model_without_the_tools_that_fit_it() -> None:
+    code = "import sys, envs.step_time; assert not {'scipy.optimize', 'pyarrow', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
