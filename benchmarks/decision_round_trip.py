@@ -29,7 +29,18 @@ def message(iteration: int, config: EngineConfig, random: np.random.Generator) -
     now_ns = time.monotonic_ns()
     # Steps of 80 ms, as far as the law can see.
     ended_ns = iteration * 80_000_000
-    done = Completion(iteration - 1, ended_ns - 80_000_000, ended_ns, 0.08, tbt_s, (), (StageTimes(0.08, 0.0, 1),))
+    done = Completion(
+        iteration=iteration - 1,
+        scheduled_ns=ended_ns - 80_000_000,
+        completed_ns=ended_ns,
+        device_s=0.08,
+        tbt_s=tbt_s,
+        tbt_slots=tuple(range(32)),
+        ttft_s=(),
+        ttft_slots=(),
+        finished=(),
+        stages=(StageTimes(0.08, 0.0, 1),),
+    )
     return Telemetry(
         version=VERSION,
         engine_id="bench",

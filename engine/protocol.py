@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-VERSION = 1
+VERSION = 2
 MAX_COUNT = 2**53  # sequences and iterations stay below, so that every language reads them exactly
 MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoding bytes from a socket may raise."""
@@ -105,10 +105,23 @@ class StageTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fal
     microbatches_in_flight: int
 
 
+class Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
+    """A request that has its last token: when it came, and how long prompt and output were in the end."""
+
+    slot: int
+    arrival_ns: int
+    prompt_tokens: int
+    output_tokens: int
+
+
 class Completion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """The measurements of an iteration that has ended.
 
-    `tbt_s` has one entry for every output token that is not its request's first, `ttft_s` one for every first token.
+    `tbt_s` has one entry for every output token that is not its request's first, `ttft_s` one for every first token,
+    both in the order of the batch; `tbt_slots` and `ttft_slots`, parallel to them, say whose. A slot names a request
+    from its first token, through preemptions, until the completion that has it among `finished` (a request of one
+    token is there with its first). Then the number is used again. A request that its client gave up is never among
+    `finished`: a first token in its slot is another request's.
     """
 
     iteration: int
@@ -116,7 +129,10 @@ class Completion(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fal
     completed_ns: int
     device_s: float
     tbt_s: tuple[float, ...]
+    tbt_slots: tuple[int, ...]
     ttft_s: tuple[float, ...]
+    ttft_slots: tuple[int, ...]
+    finished: tuple[Finished, ...]
     stages: tuple[StageTimes, ...]
 
 

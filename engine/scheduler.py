@@ -4,7 +4,7 @@ No torch, no clock: times come in as arguments, so the same scheduler serves the
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -12,17 +12,20 @@ import numpy as np
 from engine.batching import SCHEDULES, Limits, RequestArrays, empty_plan, form_batch
 from engine.block_manager import BlockManager, extend_hashes
 from engine.config import EngineConfig
-from engine.protocol import QueueState
+from engine.protocol import Finished, QueueState
 from engine.request import Abort, Batch, FinishReason, IntArray, Request, Submit, TokenOutput
 
 
 @dataclass(slots=True)
 class StepOutput:
-    """What an iteration gave: tokens for the clients, and the latencies of section 2 of the design in seconds."""
+    """What an iteration gave: tokens for the clients, and what `Completion` reports of them."""
 
-    tokens: list[TokenOutput]
-    tbt_s: tuple[float, ...]
-    ttft_s: tuple[float, ...]
+    tokens: list[TokenOutput] = field(default_factory=list)
+    tbt_s: list[float] = field(default_factory=list)
+    tbt_slots: list[int] = field(default_factory=list)
+    ttft_s: list[float] = field(default_factory=list)
+    ttft_slots: list[int] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
 
 
 class Scheduler:
@@ -121,24 +124,27 @@ class Scheduler:
         sampled = batch.slots[batch.samples]
         gaps_ns = (now_ns - self._last_token_ns[sampled]).tolist()
         self._last_token_ns[sampled] = now_ns
-        tokens, tbt_s, ttft_s = [], [], []
+        output = StepOutput()
         rows = np.flatnonzero(batch.samples).tolist()
         for row, token_id, gap_ns in zip(rows, token_ids, gaps_ns, strict=True):
             request = batch.requests[row]
             first = request.n_output == 0
             if first:
-                ttft_s.append((now_ns - request.arrival_ns) * 1e-9)
+                output.ttft_s.append((now_ns - request.arrival_ns) * 1e-9)
+                output.ttft_slots.append(request.slot)
             else:
-                tbt_s.append(gap_ns * 1e-9)
-            tokens.append(self._book(request, token_id, first))
+                output.tbt_s.append(gap_ns * 1e-9)
+                output.tbt_slots.append(request.slot)
+            output.tokens.append(self._book(request, token_id, first))
         if self.config.prefix_caching:
             self._remember_blocks(batch)
-        for output in tokens:
-            if output.finish_reason is not None:
-                request = self._by_id[output.request_id]
+        for token in output.tokens:
+            if token.finish_reason is not None:
+                request = self._by_id[token.request_id]
+                output.finished.append(Finished(request.slot, request.arrival_ns, request.n_prompt, request.n_output))
                 self.running.remove(request)
                 self._drop(request)
-        return StepOutput(tokens, tuple(tbt_s), tuple(ttft_s))
+        return output
 
     def queue_state(self, now_ns: int) -> QueueState:
         """Who waits now, after `schedule`."""
@@ -177,6 +183,10 @@ class Scheduler:
         for array in self._arrays:
             array[request.slot] = 0
         self._arrays.prefill_end[request.slot] = len(request.token_ids)
+        self._arrays.need_blocks[request.slot] = self._prefill_blocks(request)
+
+    def _prefill_blocks(self, request: Request) -> int:
+        return -(-len(request.token_ids) // self.config.block_tokens)
 
     def _drop(self, request: Request) -> None:
         self.blocks.release(request.slot)
@@ -247,7 +257,8 @@ class Scheduler:
             extend_hashes(request.block_hashes, request.token_ids, self.config.block_tokens)
             cached = self._cached_blocks(request)
             self._arrays.cached_tokens[request.slot] = len(cached) * self.config.block_tokens
-            self._arrays.shared_blocks[request.slot] = self.blocks.in_use(cached)
+            in_use = self.blocks.in_use(cached)  # by others: sharing them costs no free block
+            self._arrays.need_blocks[request.slot] = self._prefill_blocks(request) - in_use
         for request in self.running:
             self._arrays.freeable_blocks[request.slot] = self.blocks.freeable(request.slot)
 

@@ -41,8 +41,11 @@ class Reporter:
                 self._scheduled_ns,
                 completed_ns,
                 result.device_s,
-                output.tbt_s,
-                output.ttft_s,
+                tuple(output.tbt_s),
+                tuple(output.tbt_slots),
+                tuple(output.ttft_s),
+                tuple(output.ttft_slots),
+                tuple(output.finished),
                 result.stages,
             )
         )

@@ -1,59 +1,112 @@
-"""From a journal to a table of iterations: what each computed, under which knobs, and how long it took."""
+"""Tables of iterations: what each computed, under which knobs, and how long it took."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+Message = dict[str, Any]
+"""A `Telemetry` message as plain dictionaries."""
+
+_INTS, _FLOATS = pa.list_(pa.int64()), pa.list_(pa.float64())
+SCHEMA = pa.schema(
+    [
+        ("engine_id", pa.string()),
+        ("iteration", pa.int64()),
+        ("time_s", pa.float64()),
+        ("interval_s", pa.float64()),
+        ("device_s", pa.float64()),
+        ("decode_tokens", pa.int64()),
+        ("decode_context_tokens", pa.int64()),
+        ("prefill_requests", pa.int64()),
+        ("prefill_tokens", pa.int64()),
+        ("prefill_chunk_tokens", _INTS),
+        ("prefill_context_tokens", _INTS),
+        ("prefill_attention_tokens2", pa.float64()),
+        ("padding_tokens", pa.int64()),
+        ("running_requests", pa.int64()),
+        ("waiting_requests", pa.int64()),
+        ("waiting_prompt_tokens", pa.int64()),
+        ("oldest_wait_s", pa.float64()),
+        ("head_remaining_tokens", pa.int64()),
+        ("head_context_tokens", pa.int64()),
+        ("budget_tokens", pa.int64()),
+        ("chunk_tokens", pa.int64()),
+        ("source", pa.string()),
+        ("kv_usage", pa.float64()),
+        ("tbt_s", _FLOATS),
+        ("ttft_s", _FLOATS),
+    ]
+)
+"""Columns of a table of iterations, one row per completed iteration in order of time.
+
+`time_s` is the completion's, `interval_s` lies between two completions (null after idling); the batch's composition
+and the queue are those of the launch, as the wire tells them (`BatchComposition`, `QueueState`).
+"""
+
+
+class IterationRows:
+    """Joins launches with their completions, message by message; holds no more than the iterations under way.
+
+    `time_s` counts from `start_ns`, or else from the first completion on.
+    """
+
+    def __init__(self, start_ns: int | None = None) -> None:
+        self._start_ns = start_ns
+        self._previous_ns: dict[str, int] = {}  # by engine; none while it idles
+        self._launched: dict[str, dict[int, Message]] = {}  # by engine and iteration
+
+    def add(self, message: Message) -> list[dict[str, Any]]:
+        """The rows (by `SCHEMA`) of the iterations that this message completes, where their launch was heard, too."""
+        launched = self._launched.setdefault(message["engine_id"], {})
+        rows = []
+        for completion in message["completed"]:
+            launch = launched.get(completion["iteration"])
+            # Completions come in order: what was launched before this one and lost its own has no use any more.
+            for iteration in [i for i in launched if i <= completion["iteration"]]:
+                del launched[iteration]
+            if launch is not None:
+                rows.append(self._row(launch, completion))
+        if message["batch"]["decode_tokens"] + message["batch"]["prefill_tokens"] > 0:
+            launched[message["iteration"]] = message
+        else:  # nothing runs, so the next completion follows on nothing
+            self._previous_ns.pop(message["engine_id"], None)
+        return rows
+
+    def _row(self, launch: Message, completion: Message) -> dict[str, Any]:
+        end_ns, previous_ns = completion["completed_ns"], self._previous_ns.get(launch["engine_id"])
+        self._start_ns = end_ns if self._start_ns is None else self._start_ns
+        self._previous_ns[launch["engine_id"]] = end_ns
+        return {
+            "engine_id": launch["engine_id"],
+            "iteration": completion["iteration"],
+            "time_s": (end_ns - self._start_ns) * 1e-9,
+            "interval_s": None if previous_ns is None else (end_ns - previous_ns) * 1e-9,
+            "device_s": completion["device_s"],
+            **launch["batch"],
+            **launch["queue"],
+            "budget_tokens": launch["knobs"]["budget_tokens"],
+            "chunk_tokens": launch["knobs"]["chunk_tokens"],
+            "source": launch["knobs"]["source"],
+            "kv_usage": launch["kv_usage"],
+            "tbt_s": completion["tbt_s"],
+            "ttft_s": completion["ttft_s"],
+        }
+
 
 def read_iterations(journal: Path) -> pa.Table:
-    """One row per completed iteration of one engine's journal, in order of time.
-
-    Columns: engine_id, iteration, time_s (of completion, from the first one on), interval_s (between two completions;
-    null after idling), device_s, the batch's composition, the queue, budget_tokens, chunk_tokens, source, tbt_s and
-    ttft_s (lists). Raises ValueError if the folder holds no complete part.
-    """
+    """The table (`SCHEMA`) of a journal. Raises ValueError if the folder holds no completed iteration."""
     parts = sorted(journal.glob("part-*.parquet"))
     if not parts:
         raise ValueError(f"{journal} holds no journal: give the folder that --journal named")
-    messages = [row["telemetry"] for part in parts for row in pq.read_table(part).to_pylist()]
-    launched = {(m["engine_id"], m["iteration"]): m for m in messages if _tokens(m) > 0}
-    rows = []
-    first_ns = previous_ns = None
-    for message in messages:
-        for completion in message["completed"]:
-            launch = launched.get((message["engine_id"], completion["iteration"]))
-            if launch is None:
-                continue
-            end_ns = completion["completed_ns"]
-            first_ns = end_ns if first_ns is None else first_ns
-            # Iterations follow each other without a gap unless the engine was idle: then there is no interval.
-            busy = previous_ns is not None and completion["scheduled_ns"] - previous_ns < IDLE_NS
-            rows.append(
-                {
-                    "engine_id": message["engine_id"],
-                    "iteration": completion["iteration"],
-                    "time_s": (end_ns - first_ns) * 1e-9,
-                    "interval_s": (end_ns - previous_ns) * 1e-9 if busy else None,
-                    "device_s": completion["device_s"],
-                    **launch["batch"],
-                    **launch["queue"],
-                    "budget_tokens": launch["knobs"]["budget_tokens"],
-                    "chunk_tokens": launch["knobs"]["chunk_tokens"],
-                    "source": launch["knobs"]["source"],
-                    "kv_usage": launch["kv_usage"],
-                    "tbt_s": completion["tbt_s"],
-                    "ttft_s": completion["ttft_s"],
-                }
-            )
-            previous_ns = end_ns
+    joined = IterationRows()
+    rows = [row for part in parts for row in _rows_of(part, joined)]
     if not rows:
         raise ValueError(f"{journal} holds no completed iteration: nothing was served while it was kept")
-    return pa.Table.from_pylist(rows)
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
-IDLE_NS = 2_000_000
-
-
-def _tokens(message: dict[str, dict[str, int]]) -> int:
-    return message["batch"]["decode_tokens"] + message["batch"]["prefill_tokens"]
+def _rows_of(part: Path, joined: IterationRows) -> list[dict[str, Any]]:
+    messages = pq.read_table(part, columns=["telemetry"])["telemetry"].to_pylist()
+    return [row for message in messages for row in joined.add(message)]

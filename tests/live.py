@@ -19,7 +19,7 @@ import psutil
 import zmq
 
 from engine.link import ControllerLink, Endpoints
-from engine.protocol import Telemetry
+from engine.protocol import Knobs, Telemetry
 from envs.trace import make_workload
 from profiles.load import LoadResult, replay
 
@@ -124,11 +124,16 @@ class Served:
 
 
 class Ear:
-    """Subscribes to an engine's telemetry, as a second controller that never answers, and keeps all of it."""
+    """Subscribes to an engine's telemetry, as a second controller, and keeps all of it.
 
-    def __init__(self, endpoints: Endpoints) -> None:
+    With `answer` it sends what that gives for every message, at once, and keeps it with the time it was sent at.
+    """
+
+    def __init__(self, endpoints: Endpoints, answer: Callable[[Telemetry], Knobs] | None = None) -> None:
         self.heard: list[Telemetry] = []
         self.heard_ns: list[int] = []
+        self.sent: list[tuple[Knobs, int]] = []
+        self._answer = answer
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._link = ControllerLink(self._context, [endpoints])
         self._stopping = False
@@ -138,6 +143,8 @@ class Ear:
     def _listen(self) -> None:
         while not self._stopping:
             for telemetry in self._link.receive(0.05):
+                if self._answer is not None and self._link.send(knobs := self._answer(telemetry)):
+                    self.sent.append((knobs, monotonic_ns()))
                 self.heard_ns.append(monotonic_ns())
                 self.heard.append(telemetry)
         self._link.close()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from engine.batching import SCHEDULES
 from engine.config import EngineConfig, ScheduleName
 from engine.request import Abort, Batch, SamplingParams, Submit
-from engine.scheduler import Scheduler
+from engine.scheduler import Scheduler, StepOutput
 
 TILE = 8
 MAX_BUDGET = 256
@@ -49,6 +49,7 @@ class Drive:
     scheduler: Scheduler
     outputs: dict[str, list[int]] = field(default_factory=dict)
     batches: list[Batch] = field(default_factory=list)
+    tokens_by_slot: dict[int, int] = field(default_factory=dict)
     time_ns: int = 0
 
     def step(self, budget: int, chunk: int) -> Batch:
@@ -65,11 +66,29 @@ class Drive:
         self.check_shape(batch, budget, chunk)
         self.time_ns += 1_000_000
         tokens = [token_of(batch, row) for row in np.flatnonzero(batch.samples)]
-        for output in scheduler.update(batch, tokens, self.time_ns).tokens:
-            self.outputs.setdefault(output.request_id, []).append(output.token_id)
+        output = scheduler.update(batch, tokens, self.time_ns)
+        for token in output.tokens:
+            self.outputs.setdefault(token.request_id, []).append(token.token_id)
+        self.check_slots(batch, output)
         scheduler.check()
         self.batches.append(batch)
         return batch
+
+    def check_slots(self, batch: Batch, output: StepOutput) -> None:
+        """Slots alone tell the tokens apart: who got its first, who its next, and who had how many at its end."""
+        assert len(output.ttft_s) == len(output.ttft_slots)
+        assert len(output.tbt_s) == len(output.tbt_slots)
+        assert sorted(output.ttft_slots + output.tbt_slots) == sorted(batch.slots[batch.samples].tolist())
+        for slot in output.ttft_slots:
+            self.tokens_by_slot[slot] = 1
+        for slot in output.tbt_slots:
+            self.tokens_by_slot[slot] += 1
+        ended = [token.request_id for token in output.tokens if token.finish_reason is not None]
+        assert [self.tokens_by_slot.pop(f.slot) for f in output.finished] == [len(self.outputs[name]) for name in ended]
+        by_name = {request.id: request for request in batch.requests}
+        assert [(f.slot, f.arrival_ns, f.prompt_tokens, f.output_tokens) for f in output.finished] == [
+            (r.slot, r.arrival_ns, r.n_prompt, r.n_output) for r in map(by_name.__getitem__, ended)
+        ]
 
     def check_shape(self, batch: Batch, budget: int, chunk: int) -> None:
         assert len(batch.requests) > 0, "there is work but the batch is empty"
@@ -122,6 +141,7 @@ def test_every_request_ends_with_its_own_tokens_whatever_the_knobs(
         assert iteration < 20_000, "a request starves"
     for index, (prompt, max_tokens) in enumerate(mix):
         assert drive.outputs[str(index)] == expected_tokens(prompt, max_tokens)
+    assert not drive.tokens_by_slot, "a request ended without being reported"
     assert drive.scheduler.blocks.free_blocks == kv_blocks, "blocks leaked"
 
 
@@ -230,6 +250,17 @@ def test_a_shared_prefix_is_computed_once() -> None:
     a, b = (next(r for r in drive.scheduler.running if r.id == name).slot for name in "ab")
     assert tables[a, :8].tolist() == tables[b, :8].tolist()
     assert tables[a, 8] != tables[b, 8]
+
+
+def test_a_prefix_in_use_by_another_costs_no_free_block() -> None:
+    drive = Drive(Scheduler(make_config(kv_blocks=20, prefix_caching=True)))
+    prefix = list(range(96))
+    submit(drive.scheduler, "a", [*prefix, 5], 30)
+    drive.step(256, 256)
+    assert drive.scheduler.blocks.free_blocks == 7, "too few for another whole prompt of 13 blocks"
+    submit(drive.scheduler, "b", [*prefix, 6], 3)
+    assert [r.id for r in drive.step(256, 256).requests] == ["a", "b"]
+    assert drive.scheduler.blocks.free_blocks == 6
 
 
 @pytest.mark.parametrize(

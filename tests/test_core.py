@@ -5,7 +5,7 @@ import pytest
 from plant import Loop
 
 from engine.config import EngineConfig
-from engine.protocol import VERSION, Knobs
+from engine.protocol import VERSION, Finished, Knobs
 from engine.request import SamplingParams, Submit
 
 
@@ -34,6 +34,28 @@ def test_an_iteration_reports_its_batch_at_launch_and_the_measurements_of_the_on
     assert measured[2].tbt_s == pytest.approx((0.011,))
     assert measured[2].device_s == pytest.approx(0.011)
     assert measured[2].stages[0].bubble_s == 0.0
+
+
+def test_slots_tell_from_the_wire_alone_whose_tokens_they_were_and_which_requests_ended() -> None:
+    loop = Loop(None, fixed_s=0.01, per_token_s=0.0)
+    loop.submit("long", 100, 6)
+    loop.step()
+    loop.submit("single", 20, 1)
+    loop.step()
+    loop.submit("takes the slot of single", 30, 2)
+    for _ in range(6):
+        loop.step()
+    told = [(c.iteration, c.ttft_slots, c.tbt_slots, c.finished) for c in loop.completions()]
+    long, single = told[0][1][0], told[1][1][0]
+    started_ns = 1_000_000_000
+    assert told == [
+        (1, (long,), (), ()),
+        (2, (single,), (long,), (Finished(single, started_ns + 10_000_000, 20, 1),)),
+        (3, (single,), (long,), ()),
+        (4, (), (long, single), (Finished(single, started_ns + 20_000_000, 30, 2),)),
+        (5, (), (long,), ()),
+        (6, (), (long,), (Finished(long, started_ns, 100, 6),)),
+    ]
 
 
 def test_tokens_are_handed_over_while_the_next_iteration_runs_and_the_last_at_once_when_idle() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import monotonic_ns
 
+import msgspec
 import pyarrow.parquet as pq
 import pytest
 from live import wait_for
@@ -50,6 +51,17 @@ def test_every_row_is_on_disk_when_the_journal_is_closed(journal: Journal, tmp_p
     assert stored(tmp_path) == [row.knobs.sequence for row in written if row.knobs]
     assert not list(tmp_path.glob("*.partial"))
     assert journal.lost_rows == 0
+
+
+def test_a_row_comes_back_as_it_was(journal: Journal, tmp_path: Path) -> None:
+    written = rows(30)
+    assert any(c.tbt_slots for row in written for c in row.telemetry.completed)
+    assert any(c.finished for row in written for c in row.telemetry.completed)
+    for row in written:
+        journal.record(row)
+    journal.close()
+    stored_rows = [row for part in sorted(tmp_path.glob("part-*")) for row in pq.read_table(part).to_pylist()]
+    assert msgspec.convert(stored_rows, list[JournalRow]) == written
 
 
 def test_a_part_never_overwrites_another(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic_ns
@@ -17,7 +17,7 @@ import zmq
 from live import Ear, Load, Pacer, Served, answers, free_port, is_spawned, wait_for
 
 from engine.link import Endpoints
-from engine.protocol import VERSION, Knobs, Telemetry, encode
+from engine.protocol import VERSION, Knobs, Telemetry
 from profiles.iterations import read_iterations
 
 TTL_S = 1.0
@@ -138,41 +138,63 @@ def test_bad_knobs_change_nothing_but_a_counter(served: Served, ear: Ear) -> Non
     context.destroy(linger=0)
 
 
-def test_knobs_act_on_the_next_iteration(served: Served, ear: Ear) -> None:
-    """A controller that alternates 64 and 256; the echo in telemetry proves which decision an iteration ran under."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    socket = context.socket(zmq.PUSH)
-    socket.connect(served.endpoints.knobs)
-    start = ear.wait_for(lambda _: True, "a heartbeat").knobs.sequence + 10_000
-    stop = threading.Event()
+def alternating() -> Callable[[Telemetry], Knobs]:
+    """64 after an even iteration, 256 after an odd one."""
+    sequence = 0
 
-    def alternate() -> None:
-        answered = len(ear.heard)
-        while not stop.is_set():
-            while answered < len(ear.heard):
-                t = ear.heard[answered]
-                answered += 1
-                budget = 256 if t.iteration % 2 else 64
-                socket.send(encode(Knobs(VERSION, t.engine_id, start + answered, t.iteration, budget, budget)))
-            stop.wait(0.0005)
+    def answer(t: Telemetry) -> Knobs:
+        nonlocal sequence
+        sequence = max(sequence, t.knobs.sequence) + 1
+        budget = 256 if t.iteration % 2 else 64
+        return Knobs(VERSION, t.engine_id, sequence, t.iteration, budget, budget)
 
-    thread = threading.Thread(target=alternate)
-    thread.start()
-    first = len(ear.heard)
-    Load(served.url, "poisson:4", "uniform:200-600,10-30", 20).result()
-    stop.set()
-    thread.join()
-    busy = [t for t in ear.heard[first + 5 :] if t.batch.total_tokens > 0]
-    under = [t for t in busy if t.knobs.iteration == t.iteration - 1]
-    assert len(busy) > 50
-    # This controller is a thread among others here: the benchmark measures the share with a process (goal 0.99).
-    assert len(under) / len(busy) > 0.5
-    assert {t.knobs.budget_tokens for t in under} == {64, 256}
-    for t in under:
-        assert t.knobs.budget_tokens == (64 if t.iteration % 2 else 256) or t.iteration == under[0].iteration
-        assert t.batch.total_tokens <= t.knobs.budget_tokens
-    context.destroy(linger=0)
+    return answer
+
+
+def test_knobs_act_on_the_next_iteration(served: Served) -> None:
+    """The echo in telemetry proves which decision an iteration ran under.
+
+    What is asserted counts from the moment a decision was sent, not from the one it answers: how soon this process
+    gets the processor to answer is a matter of the machine's load (`benchmarks/knobs_share.py` measures that).
+    """
+    ear = Ear(served.endpoints, alternating())
+    ear.wait_for(by_controller, "its first decision in force")
+    Load(served.url, "poisson:1000", "uniform:200-600,60-80", 6).result()  # 60 iterations at least: one a token
+    ear.wait_for(idle, "the end")
+    ear.stop()
+    decisions = {knobs.sequence: knobs for knobs, _ in ear.sent}
+    completed_ns = {c.iteration: c.completed_ns for t in ear.heard for c in t.completed}
+    controlled = [t for t in ear.heard if t.knobs.sequence in decisions and by_controller(t)]
+    for t in controlled:
+        decision, force = decisions[t.knobs.sequence], t.knobs
+        assert (force.iteration, force.budget_tokens) == (decision.iteration, decision.budget_tokens), "a false echo"
+        assert force.chunk_tokens == decision.chunk_tokens
+        assert t.batch.total_tokens <= max(force.budget_tokens, t.batch.decode_tokens)
+        assert max(t.batch.prefill_chunk_tokens, default=0) <= force.chunk_tokens
+    sequences = [t.knobs.sequence for t in controlled]
+    assert sequences == sorted(sequences), "an older decision came into force again"
+
+    def newest_sent_before(moment_ns: int) -> int:
+        return max((knobs.sequence for knobs, sent_ns in ear.sent if sent_ns < moment_ns), default=0)
+
+    loaded = [
+        t for t in ear.heard if t.batch.total_tokens > 0 and {t.iteration - 2, t.iteration - 1} <= completed_ns.keys()
+    ]
+    assert len(loaded) > 50
+    at_once: list[Telemetry] = []
+    in_time = 0
+    for t in loaded:
+        # Sent before the iteration before was formed, a decision had the whole of that one to travel.
+        assert t.knobs.sequence >= newest_sent_before(completed_ns[t.iteration - 2]), "a decision came too late"
+        answers = [sent_ns for knobs, sent_ns in ear.sent if knobs.iteration == t.iteration - 1]
+        if answers and answers[0] < completed_ns[t.iteration - 1]:
+            in_time += 1
+            at_once += [t] * (t.knobs.iteration == t.iteration - 1)
+    assert {t.knobs.budget_tokens for t in at_once} == {64, 256}
+    assert len(at_once) > in_time / 2, "the answer to an iteration, sent while it runs, is for the next one"
+    ear = Ear(served.endpoints)
     ear.wait_for(by_fallback, "the fallback")
+    ear.stop()
 
 
 def test_kill_9_of_the_controller_loses_no_request_and_a_new_one_takes_over_smoothly(

@@ -16,6 +16,7 @@ from engine.protocol import (
     BatchComposition,
     Bounds,
     Completion,
+    Finished,
     InForce,
     Knobs,
     QueueState,
@@ -68,7 +69,20 @@ def full_telemetry() -> Telemetry:
         kv_usage=0.5,
         preemptions=2,
         rejected_knobs=3,
-        completed=(Completion(6, 100, 120, 1e-8, (0.01, 0.02), (0.5,), (StageTimes(0.01, 0.0, 1),)),),
+        completed=(
+            Completion(
+                iteration=6,
+                scheduled_ns=100,
+                completed_ns=120,
+                device_s=1e-8,
+                tbt_s=(0.01, 0.02),
+                tbt_slots=(4, 0),
+                ttft_s=(0.5,),
+                ttft_slots=(3,),
+                finished=(Finished(slot=0, arrival_ns=7, prompt_tokens=100, output_tokens=9),),
+                stages=(StageTimes(0.01, 0.0, 1),),
+            ),
+        ),
     )
 
 
@@ -87,7 +101,7 @@ def test_bad_knobs_are_rejected_by_kind(name: str) -> None:
     assert caught.value.kind == kind
 
 
-BAD_UTF8 = b"\x82\xa7version\x01\xa1\xff\x01"
+BAD_UTF8 = b"\x82\xa7version" + bytes([VERSION]) + b"\xa1\xff\x01"
 NESTED = b"\x91" * 200_000
 
 

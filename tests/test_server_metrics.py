@@ -45,7 +45,8 @@ def test_latency_metrics_are_the_injected_clocks_differences(engine: WireEnd, se
 def telemetry(engine_id: str, iteration: int, preemptions: int, rejected: int, fallback: bool) -> Telemetry:
     source = InForce(384, 128, 9, 41, "fallback" if fallback else "controller")
     batch = BatchComposition(decode_tokens=3, prefill_tokens=17) if iteration else BatchComposition()
-    done = (Completion(iteration - 1, 0, 1, 0.004, (), (), ()), Completion(iteration, 1, 2, 0.008, (), (), ()))
+    nothing: tuple[tuple[()], ...] = ((), (), (), (), (), ())
+    done = (Completion(iteration - 1, 0, 1, 0.004, *nothing), Completion(iteration, 1, 2, 0.008, *nothing))
     return Telemetry(
         version=VERSION,
         engine_id=engine_id,
