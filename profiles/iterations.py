@@ -54,7 +54,7 @@ class IterationRows:
 
     def __init__(self, start_ns: int | None = None) -> None:
         self._start_ns = start_ns
-        self._previous_ns: dict[str, int] = {}  # by engine; none while it idles
+        self._previous: dict[str, Message] = {}  # the last completion, by engine; none while it idles
         self._launched: dict[str, dict[int, Message]] = {}  # by engine and iteration
 
     def add(self, message: Message) -> list[dict[str, Any]]:
@@ -68,21 +68,22 @@ class IterationRows:
                 del launched[iteration]
             if launch is not None:
                 rows.append(self._row(launch, completion))
+            self._previous[message["engine_id"]] = completion
         if message["batch"]["decode_tokens"] + message["batch"]["prefill_tokens"] > 0:
             launched[message["iteration"]] = message
         else:  # nothing runs, so the next completion follows on nothing
-            self._previous_ns.pop(message["engine_id"], None)
+            self._previous.pop(message["engine_id"], None)
         return rows
 
     def _row(self, launch: Message, completion: Message) -> dict[str, Any]:
-        end_ns, previous_ns = completion["completed_ns"], self._previous_ns.get(launch["engine_id"])
+        end_ns, previous = completion["completed_ns"], self._previous.get(launch["engine_id"])
+        follows = previous is not None and previous["iteration"] + 1 == completion["iteration"]
         self._start_ns = end_ns if self._start_ns is None else self._start_ns
-        self._previous_ns[launch["engine_id"]] = end_ns
         return {
             "engine_id": launch["engine_id"],
             "iteration": completion["iteration"],
             "time_s": (end_ns - self._start_ns) * 1e-9,
-            "interval_s": None if previous_ns is None else (end_ns - previous_ns) * 1e-9,
+            "interval_s": (end_ns - previous["completed_ns"]) * 1e-9 if follows and previous else None,
             "device_s": completion["device_s"],
             **launch["batch"],
             **launch["queue"],
