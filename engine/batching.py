@@ -7,15 +7,14 @@ The default schedule is stall-free batching (Sarathi-Serve, OSDI'24, section 4.2
 then new requests, until the token budget is spent. The others are the baselines that the paper compares with.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.compiled import compiled
+
 IntArray = NDArray[np.int64]
-F = TypeVar("F", bound=Callable[..., Any])
 
 STALL_FREE, PREFILL_FIRST, ORCA, REQUEST_LEVEL, CHUNKS_ONLY = range(5)
 SCHEDULES = {
@@ -63,16 +62,12 @@ def empty_plan(max_requests: int) -> Plan:
     return Plan(*(np.zeros(max_requests, np.int64) for _ in range(3)))
 
 
-def _njit(function: F) -> F:
-    return cast(F, numba.njit(cache=True, nogil=True)(function))
-
-
-@_njit
+@compiled
 def _whole_tiles(tokens: int, tile_tokens: int) -> int:
     return tokens if tokens <= tile_tokens else tokens // tile_tokens * tile_tokens
 
 
-@_njit
+@compiled
 def _place_decodes(
     running: IntArray, requests: RequestArrays, limits: Limits, free: int, plan: Plan
 ) -> tuple[int, int, int, int]:
@@ -104,7 +99,7 @@ def _place_decodes(
     return rows, end, free, n_preempted
 
 
-@_njit
+@compiled
 def _place_running_prefills(
     running: IntArray, end: int, requests: RequestArrays, chunk: int, left: int, plan: Plan, rows: int
 ) -> tuple[int, int]:
@@ -124,7 +119,7 @@ def _place_running_prefills(
     return rows, left
 
 
-@_njit
+@compiled
 def _admit(
     waiting: IntArray,
     n_running: int,
@@ -169,7 +164,7 @@ def _admit(
     return admitted
 
 
-@_njit
+@compiled
 def form_batch(
     schedule: int,
     budget_tokens: int,

@@ -3,44 +3,20 @@
 `advance` is one iteration; everything above it is a step of it, in the order it happens.
 """
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, TypeVar, cast
-
-import numba
 import numpy as np
 
-import engine.batching
-import envs.stages
-import envs.step_time
 from engine.batching import Limits, form_batch
+from engine.compiled import inlined
 from envs.stages import drop_without_blocks, launch, mean_s, retire
 from envs.state import IntArray, Rules, State
 
-F = TypeVar("F", bound=Callable[..., Any])
 
-
-def _forget_stale_machine_code() -> None:
-    """Numba's cache looks at this file alone, but the code in it has the callees of other files inlined."""
-    sources = [Path(module.__file__ or "").stat().st_mtime for module in (engine.batching, envs.step_time, envs.stages)]
-    for index in (Path(__file__).parent / "__pycache__").glob("*.nbi"):
-        if index.stat().st_mtime < max(sources):
-            index.unlink(missing_ok=True)
-
-
-_forget_stale_machine_code()
-
-
-def _njit(function: F) -> F:
-    return cast(F, numba.njit(cache=True, nogil=True, inline="always")(function))
-
-
-@_njit
+@inlined
 def _blocks(tokens: int, block_tokens: int) -> int:
     return -(-tokens // block_tokens)
 
 
-@_njit
+@inlined
 def _enqueue(state: State, rules: Rules, slot: int) -> None:
     """Ready a request for (re)admission: what it has so far is its prompt."""
     known = state.requests.prompt_tokens[slot] + state.requests.produced[slot]
@@ -51,7 +27,7 @@ def _enqueue(state: State, rules: Rules, slot: int) -> None:
     state.scalars[0].waiting_tokens += known
 
 
-@_njit
+@inlined
 def _arrive(state: State, rules: Rules) -> None:
     s = state.scalars[0]
     while s.arrived < len(state.requests.arrival_s) and state.requests.arrival_s[s.arrived] <= s.now_s:
@@ -61,7 +37,7 @@ def _arrive(state: State, rules: Rules) -> None:
         s.arrived += 1
 
 
-@_njit
+@inlined
 def _candidates(state: State) -> IntArray:
     """The running requests that can be scheduled, oldest first."""
     s = state.scalars[0]
@@ -75,7 +51,7 @@ def _candidates(state: State) -> IntArray:
     return state.candidates[:n]
 
 
-@_njit
+@inlined
 def _plan_batch(state: State, rules: Rules, budget: int, chunk: int) -> tuple[int, int, int, int]:
     """What the engine's rule would do under these knobs: the plan is written, nothing else changes."""
     s, limits = state.scalars[0], rules.limits
@@ -97,7 +73,7 @@ def _plan_batch(state: State, rules: Rules, budget: int, chunk: int) -> tuple[in
     )
 
 
-@_njit
+@inlined
 def _compose(state: State, decodes: int, rows: int) -> None:
     """Sum up the planned batch, before it changes any context; a newcomer's context is 0 until then."""
     s, context = state.scalars[0], state.arrays.context
@@ -113,7 +89,7 @@ def _compose(state: State, decodes: int, rows: int) -> None:
     s.decode_context, s.prefill_tokens, s.attention_tokens2 = decode_context, prefill_tokens, attention_tokens2
 
 
-@_njit
+@inlined
 def _ideal_budget(state: State, rules: Rules, limit_s: float) -> int:
     """The clairvoyant law: the largest whole-tile budget whose true mean time is within the limit.
 
@@ -133,7 +109,7 @@ def _ideal_budget(state: State, rules: Rules, limit_s: float) -> int:
     return low * tile
 
 
-@_njit
+@inlined
 def _form(state: State, rules: Rules, budget: int, chunk: int) -> int:
     """Form the next batch under the knobs and take its KV blocks. Returns its rows."""
     s, arrays, plan, requests = state.scalars[0], state.arrays, state.plan, state.requests
@@ -175,7 +151,7 @@ def _form(state: State, rules: Rules, budget: int, chunk: int) -> int:
     return decodes + prefills + admitted
 
 
-@_njit
+@inlined
 def _log(state: State) -> None:
     s = state.scalars[0]
     row = state.log[s.n_logged]
@@ -184,7 +160,7 @@ def _log(state: State) -> None:
     s.n_logged += 1
 
 
-@_njit
+@inlined
 def advance(state: State, rules: Rules, budget: int, chunk: int, limit_s: float) -> int:
     """Launch one iteration, and book all that completed before it was formed.
 
@@ -216,7 +192,7 @@ def advance(state: State, rules: Rules, budget: int, chunk: int, limit_s: float)
             s.now_s = min(s.now_s, max(state.requests.arrival_s[s.arrived], s.next_free_s))
 
 
-@_njit
+@inlined
 def run(
     state: State, rules: Rules, budget: int, chunk: int, limit_s: float, until_s: float, max_iterations: int
 ) -> int:
@@ -233,7 +209,7 @@ def run(
     return rows
 
 
-@_njit
+@inlined
 def head_prefill(state: State) -> int:
     """The slot of the oldest running request with prompt left to compute, else of the first waiting one, else -1."""
     s = state.scalars[0]

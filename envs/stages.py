@@ -1,22 +1,13 @@
 """Batches on the pipeline stages: how long they take, and what happens when one is done."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
-import numba
 import numpy as np
 
+from engine.compiled import inlined
 from envs.state import FloatArray, Rules, State
 from envs.step_time import mean_step_s
 
-F = TypeVar("F", bound=Callable[..., Any])
 
-
-def _njit(function: F) -> F:
-    return cast(F, numba.njit(cache=True, nogil=True, inline="always")(function))
-
-
-@_njit
+@inlined
 def drop_without_blocks(state: State) -> None:
     """Take the finished and the preempted out of the running list: those are the ones that hold no KV block."""
     s = state.scalars[0]
@@ -29,7 +20,7 @@ def drop_without_blocks(state: State) -> None:
     s.n_running = kept
 
 
-@_njit
+@inlined
 def _book_tokens(state: State, first: int) -> bool:
     """The output tokens of a microbatch that is done. Returns whether any request ended.
 
@@ -69,7 +60,7 @@ def _book_tokens(state: State, first: int) -> bool:
     return bool(ended)
 
 
-@_njit
+@inlined
 def retire(state: State) -> None:
     """Complete the oldest microbatch: contexts grow, tokens are booked, requests end."""
     s, flight = state.scalars[0], state.flight
@@ -82,8 +73,9 @@ def retire(state: State) -> None:
     done = state.report.done[s.n_done]
     done.iteration, done.scheduled_s = flight.iteration[first], flight.scheduled_s[first]
     done.completed_s = flight.completed_s[first]
-    state.report.busy_s[s.n_done] = flight.busy_s[first]
-    state.report.bubble_s[s.n_done] = flight.bubble_s[first]
+    for stage in range(len(flight.rows)):
+        state.report.busy_s[s.n_done, stage] = flight.busy_s[first, stage]
+        state.report.bubble_s[s.n_done, stage] = flight.bubble_s[first, stage]
     done.gaps_end, done.firsts_end, done.finished_end = s.n_gaps, s.n_firsts, s.n_finished
     s.n_done += 1
     s.flying_requests -= flight.rows[first]
@@ -91,7 +83,7 @@ def retire(state: State) -> None:
     s.oldest = (first + 1) % len(flight.rows)
 
 
-@_njit
+@inlined
 def mean_s(state: State, rules: Rules) -> float:
     """True mean time of the composed batch on one stage."""
     s = state.scalars[0]
@@ -101,7 +93,7 @@ def mean_s(state: State, rules: Rules) -> float:
     return float(s.slowdown * seconds)
 
 
-@_njit
+@inlined
 def _noise(seed: int, counter: int, residuals: FloatArray) -> float:
     """The factor of one batch on one stage: a hash of its number (splitmix64), so that laws meet the same noise."""
     z = np.uint64(seed) * np.uint64(0xD1342543DE82EF95) + np.uint64(counter) * np.uint64(0x9E3779B97F4A7C15)
@@ -111,7 +103,7 @@ def _noise(seed: int, counter: int, residuals: FloatArray) -> float:
     return float(residuals[np.int64(z % np.uint64(len(residuals)))])
 
 
-@_njit
+@inlined
 def launch(state: State, rules: Rules) -> None:
     """Put the batch on the stages: each begins when it is free and the stage before has handed over."""
     s, flight, plan = state.scalars[0], state.flight, state.plan

@@ -9,19 +9,19 @@ iteration's time is the mean times a random factor of mean 1. `envs.step_time_fi
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import msgspec
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.compiled import compiled
+
 FloatArray = NDArray[np.float64]
-F = TypeVar("F", bound=Callable[..., Any])
 
 CURVES = ("tokens", "decodes", "decode_context_tokens", "prefill_requests", "prefill_attention_tokens2")
 DECODE_ONLY_CURVES = ("tokens", "decode_context_tokens")
@@ -111,18 +111,14 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"residuals must be {N_RESIDUALS} factors above 0, ascending, of mean 1: fit it again")
 
 
-def _njit(function: F) -> F:
-    return cast(F, numba.njit(cache=True, nogil=True)(function))
-
-
-@_njit
+@compiled
 def _padded(c: FloatArray, tile: float, sizes: int, at: int, tokens: float) -> float:
     if sizes > 0 and tokens <= c[at + sizes - 1]:
         return float(c[at + np.searchsorted(c[at : at + sizes], tokens)])
     return float(np.ceil(tokens / tile) * tile) if tile > 1.0 else tokens
 
 
-@_njit
+@compiled
 def _curve(c: FloatArray, at: int, pieces: int, x: float) -> float:
     # No branch and no term below 0: fast, and never falling in floating point either.
     seconds = 0.0
@@ -131,7 +127,7 @@ def _curve(c: FloatArray, at: int, pieces: int, x: float) -> float:
     return seconds
 
 
-@_njit
+@compiled
 def mean_step_s(
     coefficients: FloatArray,
     decodes: float,
