@@ -29,10 +29,9 @@ def inlined(function: F) -> F:
 
 def _forget_stale_machine_code() -> None:
     """Numba's index of a file knows of changes in that file alone, but what it compiled has others' functions in it."""
-    rooms = [Path(__file__).parent, Path(__file__).parent.parent / "envs"]
-    sources = [path for room in rooms for path in room.glob("*.py") if "engine.compiled" in path.read_text()]
-    newest = max(path.stat().st_mtime for path in sources)
-    for index in (index for room in rooms for index in room.glob("__pycache__/*.nbi")):
+    engine, envs = Path(__file__).parent, Path(__file__).parent.parent / "envs"
+    newest = max(path.stat().st_mtime for path in (Path(__file__), engine / "batching.py", *envs.glob("*.py")))
+    for index in (index for room in (engine, envs) for index in room.glob("__pycache__/*.nbi")):
         with contextlib.suppress(OSError):  # another process was faster, or the folder is not ours
             if index.stat().st_mtime < newest:
                 index.unlink()

@@ -80,7 +80,8 @@ class EngineConfig:
 
     @property
     def bounds(self) -> Bounds:
-        return Bounds(self.min_budget_tokens, self.max_budget_tokens, self.tile_tokens)
+        kv_tokens = self.kv_blocks * self.block_tokens
+        return Bounds(self.min_budget_tokens, self.max_budget_tokens, self.tile_tokens, self.max_requests, kv_tokens)
 
     @property
     def max_blocks_per_request(self) -> int:

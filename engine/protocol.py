@@ -23,11 +23,13 @@ M = TypeVar("M", "Knobs", "Telemetry")
 
 
 class Bounds(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """What the knobs may be, fixed at launch (buffers are sized by `max_budget_tokens`)."""
+    """What is fixed at launch: what the knobs may be (buffers are sized by `max_budget_tokens`), seats, KV cache."""
 
     min_budget_tokens: int
     max_budget_tokens: int
     tile_tokens: int  # GEMM tile: knobs above one tile are cut down to whole tiles
+    max_requests: int  # most that run at once
+    kv_tokens: int  # room in the KV cache
 
 
 class Knobs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):

@@ -77,10 +77,13 @@ class Outcome:
 
     def met(self, slo: Slo) -> BoolArray:
         """Which requests kept the SLO; one that did not finish has missed it."""
-        rows = zip(self.first_token_row.tolist(), self.produced.tolist(), strict=True)
-        times = (self.token_times_s[row : row + n] for row, n in rows)
-        latencies = zip(self.finished, self.ttft_s, times, self.e2el_s, strict=True)
-        return np.array([bool(done) and slo.met(ttft, np.diff(t), e2el) for done, ttft, t, e2el in latencies])
+        met = np.zeros(len(self.produced), np.bool_)
+        ttft_s, e2el_s = self.ttft_s, self.e2el_s
+        for i in np.flatnonzero(self.finished).tolist():
+            row = self.first_token_row[i]
+            gaps_s = np.diff(self.token_times_s[row : row + self.produced[i]])
+            met[i] = slo.met(ttft_s[i], gaps_s, e2el_s[i])
+        return met
 
     def goodput(self, slo: Slo) -> float:
         """Requests per second that met the SLO."""

@@ -73,9 +73,9 @@ class Simulation:
         _check(plant, workload)
         model = plant.step_time
         schedule, reserve = SCHEDULES[config.schedule], int(plant.reserve_output)
-        self._rules = Rules(schedule, limits, reserve, model.coefficients, model.residuals)
-        self._state = initial_state(workload, limits, config.kv_blocks, plant.stages, seed)
-        self._scalars = self._state.scalars[0]
+        self.rules = Rules(schedule, limits, reserve, model.coefficients, model.residuals)
+        self.state = initial_state(workload, limits, config.kv_blocks, plant.stages, seed)
+        self._scalars = self.state.scalars[0]
         self._logs: list[FloatArray] | None = [] if keep_log else None
         self._in_force = InForce(config.budget_tokens, config.chunk_tokens, 0, 0, "fallback")
         self._bounds = config.bounds
@@ -140,26 +140,26 @@ class Simulation:
 
     def _launch(self, knobs: InForce) -> bool:
         self._in_force = knobs
-        rows = run(self._state, self._rules, knobs.budget_tokens, knobs.chunk_tokens, 0.0, NEVER, 1)
+        rows = run(self.state, self.rules, knobs.budget_tokens, knobs.chunk_tokens, 0.0, NEVER, 1)
         self._keep_log(LOG_ROWS)
         return rows > 0
 
     def _run(self, budget: int, chunk: int, limit_s: float, until_s: float) -> None:
         while not self.done and self.now_s < until_s:
-            run(self._state, self._rules, budget, chunk, limit_s, until_s, LOG_ROWS)
+            run(self.state, self.rules, budget, chunk, limit_s, until_s, LOG_ROWS)
             self._keep_log(1)
 
     def _keep_log(self, at_least: int) -> None:
         rows = int(self._scalars["n_logged"])
         if rows >= at_least:
             if self._logs is not None:
-                self._logs.append(self._state.log[:rows].copy())
+                self._logs.append(self.state.log[:rows].copy())
             self._scalars["n_logged"] = 0
 
     def outcome(self) -> Outcome:
         """What has happened so far."""
         self._keep_log(1)
-        state, requests = self._state, self._state.requests
+        state, requests = self.state, self.state.requests
         last = np.nanmax(state.token_times_s, initial=0.0)
         return Outcome(
             workload=self.workload,
@@ -201,16 +201,16 @@ class Simulation:
         chunks: tuple[int, ...] = ()
         contexts: tuple[int, ...] = ()
         if s.prefills:
-            plan = self._state.plan
+            plan = self.state.plan
             slots = plan.slots[s.decodes : s.rows]
             chunks = tuple(plan.tokens[s.decodes : s.rows].tolist())
-            contexts = tuple(self._state.arrays.context[slots].tolist())
+            contexts = tuple(self.state.arrays.context[slots].tolist())
         return BatchComposition(
             s.decodes, s.decode_context, s.prefills, s.prefill_tokens, chunks, contexts, s.attention_tokens2
         )
 
     def _queue(self, s: Scalars) -> QueueState:
-        state = self._state
+        state = self.state
         head = head_prefill(state)
         context = int(state.arrays.context[head]) if head >= 0 else 0
         waits = s.head < s.tail
@@ -224,7 +224,7 @@ class Simulation:
         )
 
     def _completions(self, n_done: int) -> tuple[Completion, ...]:
-        report, requests = self._state.report, self._state.requests
+        report, requests = self.state.report, self.state.requests
         gaps_begin = firsts_begin = finished_begin = 0
         completions = []
         for i, record in enumerate(report.done[:n_done].tolist()):
@@ -250,7 +250,7 @@ class Simulation:
         return tuple(completions)
 
     def _finished(self, slot: int) -> Finished:
-        requests = self._state.requests
+        requests = self.state.requests
         return Finished(
             slot,
             round(float(requests.arrival_s[slot]) * 1e9),

@@ -70,22 +70,6 @@ def foresee(telemetry: Telemetry) -> Outlook:
     return Outlook(decodes, context, max(begun, 0) + queue.waiting_requests, *head, waiting, waiting_tokens)
 
 
-def kv_tokens(telemetry: Telemetry) -> tuple[float, float]:
-    """(free, all) tokens that the KV cache has room for.
-
-    Telemetry tells the used share and not the size, so the size is reckoned from the tokens that are seen to be held:
-    contexts, and the prompts of the batch as far as known. It comes out low where the engine reserves room for outputs
-    to come, or while many prompts are under way; infinite where nothing is held.
-    """
-    batch = telemetry.batch
-    held = batch.decode_context_tokens + batch.decode_tokens
-    held += sum(start + (remaining or chunk) for chunk, start, remaining in _chunks(telemetry))
-    if held <= 0 or telemetry.kv_usage <= 0:
-        return math.inf, math.inf
-    size = held / telemetry.kv_usage
-    return max(1.0 - telemetry.kv_usage, 0.0) * size, size
-
-
 def _chunks(telemetry: Telemetry) -> Iterator[tuple[int, int, int | None]]:
     """(tokens, context, remaining) of each prompt in the batch, before it runs; None where telemetry does not tell.
 

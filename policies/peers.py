@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from engine.protocol import Telemetry
-from policies.outlook import foresee, kv_tokens
+from policies.outlook import foresee
 from policies.policy import Decision
 
 
@@ -52,30 +52,25 @@ class TrtllmTuner:
         n = B ISL / OSL + B
         T = max(2^ceil(log2 n), 8192 if ISL/OSL > 2, 4096 if > 0.5, else 2048)
 
-    T is the budget; B itself they also make the limit on running requests, which is no knob here. Telemetry does not
-    tell how large the KV cache is: it is reckoned (`kv_tokens`) when it is fullest, in tokens where they count blocks.
-    Until a request has finished, the knobs found in force are kept.
+    T is the budget; B itself they also make the limit on running requests, which is no knob here. KV is counted in
+    tokens where they count blocks. Until a request has finished, the knobs found in force are kept.
     """
 
-    RANGES: ClassVar = {"window": (1, 10_000), "max_requests": (1, 2**20)}
+    RANGES: ClassVar = {"window": (1, 10_000)}
     BATCH_SIZES = ((144, 128), (336, 256), (672, 512), (832, 768), (1280, 1024), (1664, 1536))  # (capacity below, size)
 
-    def __init__(self, first: Telemetry, window: int = 128, max_requests: int = 2048) -> None:
+    def __init__(self, first: Telemetry, window: int = 128) -> None:
         self._lengths: deque[tuple[int, int]] = deque(maxlen=window)
         self._prompt_tokens = self._output_tokens = 0  # sums over `_lengths`
-        self._max_requests = max_requests
-        self._kv: tuple[float, float] = (0.0, math.inf)  # the fullest seen, and the size reckoned then
         self._decision = Decision(first.knobs.budget_tokens, first.knobs.budget_tokens, "trtllm: nothing finished yet")
 
     def decide(self, telemetry: Telemetry) -> Decision:
-        if telemetry.kv_usage >= self._kv[0] and telemetry.batch.total_tokens > 0:
-            self._kv = telemetry.kv_usage, kv_tokens(telemetry)[1]
         news = [finished for completion in telemetry.completed for finished in completion.finished]
         for finished in news:
             self._finish(finished.prompt_tokens, finished.output_tokens)
-        if self._output_tokens > 0 and math.isfinite(self._kv[1]):
-            length = (self._prompt_tokens + self._output_tokens) / len(self._lengths)
-            requests = min(self.batch_size(int(self._kv[1] / max(length, 1.0))), self._max_requests)
+        if self._output_tokens > 0:
+            bounds, length = telemetry.bounds, (self._prompt_tokens + self._output_tokens) / len(self._lengths)
+            requests = min(self.batch_size(int(bounds.kv_tokens / length)), bounds.max_requests)
             ratio = self._prompt_tokens / self._output_tokens
             budget = self.max_num_tokens(requests, ratio)
             self._decision = Decision(budget, budget, f"trtllm: {requests} requests, prompt/output {ratio:.2f}")
@@ -118,8 +113,8 @@ class GllmThrottle:
                  max(prompt tokens due // iterp, minp) )             the last one only if more than one prompt is due
 
     The budget is P and the decodes. Not theirs: they also spread the decodes over the microbatches of a pipeline,
-    which no knob does here; the free tokens are reckoned, as telemetry tells a share only (`kv_tokens`); and the
-    threshold is the paper's constant, where newer code reserves for each output what it may still take.
+    which no knob does here; and the threshold is the paper's constant, where newer code reserves for each output what
+    it may still take.
     """
 
     RANGES: ClassVar = {
@@ -139,9 +134,7 @@ class GllmThrottle:
         outlook = foresee(telemetry)
         free_share = max(1.0 - telemetry.kv_usage - self._threshold, 0.0)
         tokens = round(self._maxp * free_share / (1.0 - self._threshold))
-        size = kv_tokens(telemetry)[1]
-        if math.isfinite(size):
-            tokens = min(tokens, int(free_share * size))
+        tokens = min(tokens, int(free_share * telemetry.bounds.kv_tokens))
         due = outlook.waiting_tokens + (outlook.head_remaining_tokens or 0)
         if outlook.prompts > 1:
             tokens = min(tokens, max(due // self._iterp, self._minp))

@@ -6,7 +6,7 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, ClassVar
 
 from engine.protocol import Completion, Telemetry
-from policies.outlook import Outlook, foresee, kv_tokens
+from policies.outlook import Outlook, foresee
 from policies.policy import Decision
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ class QoServe:
 
     The predictor is our step-time model: theirs are two linear regressions in the source, for Llama-3-8B on an A100,
     and they train it anew for each model and machine. Not theirs: they choose when the batch is formed, so time and
-    deadlines are carried over the dead time with the model; the free KV tokens are reckoned (`kv_tokens`); and a prompt
-    that ends in between has a deadline only when its first token is reported. Their order of prompts (priorities,
+    deadlines are carried over the dead time with the model; and a prompt that ends in between has a deadline only when
+    its first token is reported. Their order of prompts (priorities,
     relegation) is not a knob. It runs as published.
     """
 
@@ -59,7 +59,8 @@ class QoServe:
         self._deadlines.update(telemetry)
         outlook = foresee(telemetry)
         slack_s = self._slack_s(telemetry) if outlook.decodes > 0 else None
-        low_memory = kv_tokens(telemetry)[0] < self.LOW_MEMORY_TOKENS
+        free_tokens = (1.0 - telemetry.kv_usage) * telemetry.bounds.kv_tokens
+        low_memory = free_tokens < self.LOW_MEMORY_TOKENS
         totals = self.LOW_MEMORY_TOTALS if low_memory else self._totals
         memory = ", low memory" if low_memory else ""
         if slack_s is None:

@@ -87,7 +87,7 @@ class Pair:
         launched = self.simulation.step(budget, chunk)
         simulated = self.simulation.telemetry()
         self.device.now_ns = simulated.scheduled_ns
-        self.device.completed_ns = round(float(self.simulation._state.flight.completed_s[0]) * 1e9)
+        self.device.completed_ns = round(float(self.simulation.state.flight.completed_s[0]) * 1e9)
         self.link.inbox = Knobs(VERSION, "live", 0, answered, budget, chunk)
         while self.submitted < len(self.workload) and self.arrival_ns(self.submitted) <= self.device.now_ns:
             row = self.submitted
@@ -105,7 +105,7 @@ class Pair:
         return round(float(self.workload.arrival_s[row]) * 1e9)
 
     def simulated_rows(self) -> list[tuple[str, int]]:
-        plan, rows = self.simulation._state.plan, int(self.simulation._scalars["rows"])
+        plan, rows = self.simulation.state.plan, int(self.simulation.state.scalars[0]["rows"])
         return [(str(slot), n) for slot, n in zip(plan.slots[:rows].tolist(), plan.tokens[:rows].tolist(), strict=True)]
 
     def live_rows(self) -> list[tuple[str, int]]:

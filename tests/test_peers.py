@@ -42,6 +42,8 @@ def telemetry(
     kv_usage: float = 0.0,
     scheduled_ns: int = 0,
     max_budget: int = 8192,
+    kv_tokens: int = 880_000,
+    max_requests: int = 2048,
 ) -> Telemetry:
     return Telemetry(
         version=VERSION,
@@ -51,7 +53,7 @@ def telemetry(
         schedule="stall-free",
         dead_time_iterations=1,
         knobs=InForce(512, 512, 1, 0, "controller"),
-        bounds=Bounds(16, max_budget, 16),
+        bounds=Bounds(16, max_budget, 16, max_requests, kv_tokens),
         batch=batch or BatchComposition(),
         queue=queue or QueueState(),
         kv_usage=kv_usage,
@@ -131,18 +133,18 @@ def test_trtllm_tokens_are_those_of_its_unit_test(prompt: int, output: int, requ
 
 
 def test_trtllm_goes_by_the_lengths_of_the_last_requests_and_the_kv_cache() -> None:
-    """Half of the cache holds 10,010 tokens: 20,020 in all, room for 5 requests of 4000; the table says 128."""
+    """The cache has room for 5 requests of 4000; the table says 128."""
 
-    def message(*lengths: tuple[int, int]) -> Telemetry:
-        finished = tuple(Finished(0, 0, prompt, output) for prompt, output in lengths)
-        return telemetry(DECODES, QueueState(10), (completion(SECOND_NS, finished=finished),), kv_usage=0.5)
+    def message(*lengths: tuple[int, int], max_requests: int = 2048) -> Telemetry:
+        done = (completion(SECOND_NS, finished=tuple(Finished(0, 0, *pair) for pair in lengths)),)
+        return telemetry(DECODES, QueueState(10), done, kv_tokens=20_000, max_requests=max_requests)
 
     assert decide("trtllm", message()).budget_tokens == 512
     assert decide("trtllm:window=1", message((3900, 100))).reason == "trtllm: 128 requests, prompt/output 39.00"
     assert decide("trtllm:window=1", message((3900, 100), (2000, 2000))).budget_tokens == 4096
     assert decide("trtllm:window=2", message((9, 9), (3900, 100), (2000, 2000))).reason.endswith("2.81")
     assert decide("trtllm:window=2", message((9, 9), (3900, 100), (2000, 2000))).budget_tokens == 8192
-    assert decide("trtllm:window=1,max_requests=32", message((3900, 100))).reason.startswith("trtllm: 32 requests")
+    assert decide("trtllm", message((3900, 100), max_requests=32)).reason.startswith("trtllm: 32 requests")
 
 
 # gLLM
@@ -162,15 +164,14 @@ def test_gllm_throttles_by_kv_and_by_prompts_due(
     kv_usage: float, waiting: int, waiting_tokens: int, tokens: int
 ) -> None:
     queue = QueueState(11, waiting, waiting_tokens, 0.0, 1500, 0)
-    batch = msgspec.structs.replace(DECODES, decode_context_tokens=1_000_000)
-    decision = decide("gllm", telemetry(batch, queue, kv_usage=kv_usage))
+    decision = decide("gllm", telemetry(DECODES, queue, kv_usage=kv_usage))
     assert decision.budget_tokens == tokens + 10
 
 
 def test_gllm_keeps_to_the_free_tokens_above_its_threshold() -> None:
-    """A cache of 1,001 / 0.5 tokens with 0.45 of it free above the threshold: 900 tokens."""
-    batch = BatchComposition(decode_tokens=1, decode_context_tokens=1000)
-    decision = decide("gllm:maxp=100000", telemetry(batch, QueueState(2, 0, 0, 0.0, 9000, 0), kv_usage=0.5))
+    """A cache of 2,000 tokens with 0.45 of it free above the threshold: 900 tokens."""
+    queue = QueueState(2, 0, 0, 0.0, 9000, 0)
+    decision = decide("gllm:maxp=100000", telemetry(DECODES, queue, kv_usage=0.5, kv_tokens=2000))
     assert decision.chunk_tokens == 900
 
 
@@ -291,9 +292,9 @@ def test_qoserve_spends_the_slack(slack_s: float, total: int) -> None:
 
 
 def test_qoserve_low_memory_and_parameters() -> None:
-    assert at_slack(5.0, kv_usage=0.3).budget_tokens == 512, "10,010 tokens are 30 %: 23,357 free"
-    assert at_slack(5.0, kv_usage=0.2).budget_tokens == 2552, "40,040 free"
-    assert at_slack(0.02, kv_usage=0.3).budget_tokens == 128
+    assert at_slack(5.0, kv_usage=0.97).budget_tokens == 512, "26,400 of 880,000 tokens are free"
+    assert at_slack(5.0, kv_usage=0.96).budget_tokens == 2552, "35,200 are free"
+    assert at_slack(0.02, kv_usage=0.97).budget_tokens == 128
     assert at_slack(0.1, "qoserve:margin=2").budget_tokens == 256
     assert at_slack(5.0, "qoserve:largest=1000").budget_tokens == 768
     assert at_slack(5.0, "qoserve:largest=3500").budget_tokens == 3320
@@ -408,7 +409,10 @@ def messages(draw: st.DrawFn) -> Telemetry:
         telemetry(draw(batches()), queue, done, draw(st.floats(0, 1))),
         iteration=draw(st.integers(0, 5)),
         dead_time_iterations=draw(st.integers(1, 5)),
-        bounds=Bounds(draw(st.integers(1, 64)), draw(st.integers(512, 16384)), draw(st.sampled_from([1, 16, 128]))),
+        bounds=Bounds(
+            *(draw(st.integers(1, 64)), draw(st.integers(512, 16384)), draw(st.sampled_from([1, 16, 128]))),
+            *(draw(st.integers(1, 4096)), draw(st.integers(1, 10**7))),
+        ),
         knobs=InForce(draw(st.integers(1, 16384)), draw(st.integers(1, 16384)), 0, 0, "fallback"),
     )
 

@@ -28,7 +28,7 @@ from engine.protocol import (
     encode,
 )
 
-BOUNDS = Bounds(16, 2048, 16)
+BOUNDS = Bounds(16, 2048, 16, 64, 65_536)
 KNOBS = {
     "version": VERSION,
     "engine_id": "e",

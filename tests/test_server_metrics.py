@@ -55,7 +55,7 @@ def telemetry(engine_id: str, iteration: int, preemptions: int, rejected: int, f
         schedule="stall-free",
         dead_time_iterations=1,
         knobs=source,
-        bounds=Bounds(16, 2048, 16),
+        bounds=Bounds(16, 2048, 16, 64, 65_536),
         batch=batch,
         queue=QueueState(running_requests=4, waiting_requests=2, waiting_prompt_tokens=77),
         kv_usage=0.25,

@@ -80,7 +80,7 @@ def test_microbatches_share_the_stages_and_no_request(stages: int) -> None:
     most_in_flight = 0
     while not simulation.done:
         simulation.step(256, 128)
-        flight, scalars = simulation._state.flight, simulation._scalars
+        flight, scalars = simulation.state.flight, simulation.state.scalars[0]
         ring = [(int(scalars["oldest"]) + i) % stages for i in range(int(scalars["in_flight"]))]
         slots = np.concatenate([flight.slots[i, : flight.rows[i]] for i in ring]) if ring else np.zeros(0)
         assert len(set(slots.tolist())) == len(slots)
