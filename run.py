@@ -13,9 +13,13 @@ import uuid
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engine.config import EngineConfig, ModelSource
 from engine.link import CurveKeys, Endpoints
+
+if TYPE_CHECKING:
+    from envs.step_time import StepTimeModel
 
 Parser = argparse.ArgumentParser
 Verb = Callable[[argparse.Namespace], int]
@@ -44,7 +48,9 @@ def _parser() -> Parser:
         ("serve", _serve, "run an engine and its HTTP server", (_sockets, _engine)),
         ("control", _control, "run the controller sidecar for running engines", (_sockets, _controller)),
         ("launch", _launch, "run an engine with the controller beside it", (_sockets, _engine, _controller)),
+        ("record", _record, "store a running engine's requests and iterations", (_sockets, _recording)),
         ("bench", _bench, "replay a workload against any OpenAI endpoint", (_load,)),
+        ("compare", _compare, "compare policies on the same requests, in simulation", (_comparison,)),
         ("demo", _demo, "compare static and adaptive budgets on a real engine, here and now", (_demonstration,)),
     ):
         sub = verbs.add_parser(
@@ -92,9 +98,12 @@ def _engine(parser: Parser) -> None:
 
 
 def _controller(parser: Parser) -> None:
+    from policies.catalogue import LAWS  # noqa: PLC0415
+
     add = parser.add_argument_group("controller").add_argument
-    add("--policy", default="pid", help="static, pid or aimd, with parameters as in pid:set_point=0.9")
+    add("--policy", default="pid", help=f"with parameters as in pid:set_point=0.9; one of {', '.join(LAWS)}")
     add("--slo", help='the promise in milliseconds, as in "tbt:100"')
+    add("--profile", type=Path, help="step-time model of the machine, as JSON; for policies that predict")
     add("--journal", type=Path, help="folder for every decision with its telemetry, as Parquet")
     if "--name" not in parser._option_string_actions:
         add(
@@ -103,6 +112,13 @@ def _controller(parser: Parser) -> None:
             metavar="NAME | TELEMETRY,KNOBS",
             help="an engine's --name or its tcp:// addresses; repeatable",
         )
+
+
+def _recording(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--engine", default="pacer", metavar="NAME | TELEMETRY,KNOBS", help="its --name or its tcp:// addresses")
+    add("--out", type=Path, required=True, help="folder for requests.csv and iterations.parquet")
+    add("--duration", type=float, metavar="S", help="seconds from the first message on; without it until Ctrl-C")
 
 
 def _load(parser: Parser) -> None:
@@ -121,6 +137,12 @@ def _load(parser: Parser) -> None:
     add("--seed", type=int, default=0)
     add("--save-result", type=Path, metavar="FILE", help="write the figures as JSON, in vllm bench serve's keys")
     add("--save-detailed", action="store_true", help="with every request's latencies")
+
+
+def _comparison(parser: Parser) -> None:
+    from profiles.compare_flags import add_flags  # noqa: PLC0415
+
+    add_flags(parser)
 
 
 def _demonstration(parser: Parser) -> None:
@@ -162,9 +184,8 @@ def _control(args: argparse.Namespace) -> int:
     from envs.slo import Slo  # noqa: PLC0415
     from policies.catalogue import parse_law  # noqa: PLC0415
 
-    names = args.engine or ["pacer"]
-    engines = [_tcp(name) if "://" in name else Endpoints.ipc(args.socket_dir, name) for name in names]
-    law = parse_law(args.policy, Slo.parse(args.slo).tbt_s if args.slo else None)
+    engines = [_endpoints(args, name) for name in args.engine or ["pacer"]]
+    law = parse_law(args.policy, Slo.parse(args.slo) if args.slo else None, _step_time(args.profile))
     return run(SidecarOptions(engines, law, args.journal, args.socket_dir, _keys(args), time.monotonic_ns))
 
 
@@ -188,6 +209,12 @@ def _launch(args: argparse.Namespace) -> int:
     return 0 if stopping else REFUSED if refused else 1
 
 
+def _record(args: argparse.Namespace) -> int:
+    from profiles.record import run_record  # noqa: PLC0415
+
+    return run_record(_endpoints(args, args.engine), args.out, args.duration, _keys(args))
+
+
 def _bench(args: argparse.Namespace) -> int:
     import numpy as np  # noqa: PLC0415
 
@@ -209,14 +236,21 @@ def _bench(args: argparse.Namespace) -> int:
     )
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from profiles.compare_live import run_asked  # noqa: PLC0415
+
+    return run_asked(_start, args, time.strftime("%Y-%m-%d %H:%M"))
+
+
 def _demo(args: argparse.Namespace) -> int:
     from profiles.demo import run_demo  # noqa: PLC0415
 
-    def start(verb: str, *flags: str) -> BaseProcess:
-        parsed = _parser().parse_args([verb, *flags])
-        return _child(parsed.run, parsed, logging.WARNING)
+    return run_demo(_start, args.out, args.seed)
 
-    return run_demo(start, args.out, args.seed)
+
+def _start(verb: str, *flags: str) -> BaseProcess:
+    parsed = _parser().parse_args([verb, *flags])
+    return _child(parsed.run, parsed, logging.WARNING)
 
 
 def _child(run: Verb, args: argparse.Namespace, log_level: int = logging.INFO) -> BaseProcess:
@@ -235,11 +269,23 @@ def _run_child(run: Verb, args: argparse.Namespace, log_level: int) -> None:
         sys.exit(REFUSED)
 
 
+def _endpoints(args: argparse.Namespace, engine: str) -> Endpoints:
+    return _tcp(engine) if "://" in engine else Endpoints.ipc(args.socket_dir, engine)
+
+
 def _tcp(addresses: str) -> Endpoints:
     telemetry, _, knobs = addresses.partition(",")
     if not (telemetry.startswith("tcp://") and knobs.startswith("tcp://")):
         raise ValueError(f"{addresses!r} is not two addresses: write tcp://HOST:PORT,tcp://HOST:PORT (telemetry,knobs)")
     return Endpoints(telemetry, knobs)
+
+
+def _step_time(profile: Path | None) -> "StepTimeModel | None":
+    if profile is None:
+        return None
+    from envs.step_time import StepTimeModel  # noqa: PLC0415
+
+    return StepTimeModel.load(profile)
 
 
 def _keys(args: argparse.Namespace) -> CurveKeys | None:

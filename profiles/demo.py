@@ -4,18 +4,12 @@ The machine is measured first, and the promise and the load are set by its speed
 everywhere: what if prompts come faster than a small budget can take them, and a large one stalls every stream?
 """
 
-import asyncio
 import json
 import shutil
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
 import pyarrow.parquet as pq
 from rich.console import Console
@@ -23,10 +17,7 @@ from rich.table import Table
 
 from envs.slo import Slo
 from envs.trace import Workload, make_workload
-from profiles.bench import progress_bar
-from profiles.bench_report import summarise, write_json
-from profiles.iterations import read_iterations
-from profiles.load import replay
+from profiles.live_engine import LiveEngine, Start, live_engine
 from profiles.plot import plot_runs
 
 SMALL, AIM, LARGE = 32, 192, 2048
@@ -35,10 +26,6 @@ PHASES_S = (10, 14, 16)  # calm, burst, calm
 CALM, BURST = 0.3, 1.0  # load, as a share of what a budget of AIM tokens can prefill
 MEAN_PROMPT = 430
 LENGTHS = "lognormal:350/0.7/1200,48/0.4/96"
-READY_S = 120.0
-
-Start = Callable[..., BaseProcess]
-"""Starts a verb of the command line as a child process: `start("serve", "--port", "8000")`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,50 +43,12 @@ class Machine:
         return (budget_tokens - decodes) / self.step_s(budget_tokens)
 
 
-class Demo:
-    """The running engine, and the replays made on it one after the other."""
-
-    def __init__(self, start: Start, server: BaseProcess, name: str, base_url: str, seed: int) -> None:
-        self._start = start
-        self._server = server
-        self._name = name
-        self._base_url = base_url
-        self._seed = seed
-
-    def replay_under(self, policy: str, slo: Slo | None, workload: Workload, folder: Path) -> dict[str, Any]:
-        """Replay the workload with a sidecar running `policy`; telemetry, journal and figures go to `folder`."""
-        self._wait_for("/metrics", 'source="fallback"} 1.0', self._server)  # the sidecar before has left
-        journal = folder / "journal"
-        flags = ["--engine", self._name, "--policy", policy, "--journal", str(journal)]
-        with _running(self._start("control", *flags, *(["--slo", str(slo)] if slo else []))) as sidecar:
-            self._wait_for("/metrics", 'source="controller"} 1.0', sidecar)
-            with progress_bar(f"{policy:>20}") as report:
-                rng = np.random.default_rng(self._seed)
-                result = asyncio.run(replay(workload, self._base_url, rng, progress=report))
-        summary = summarise(result, slo)
-        write_json(folder / "bench.json", summary)
-        pq.write_table(read_iterations(journal), folder / "telemetry.parquet")
-        if result.interrupted:
-            raise KeyboardInterrupt
-        return summary
-
-    def wait_until_ready(self) -> None:
-        self._wait_for("/health", "", self._server)
-
-    def _wait_for(self, path: str, text: str, process: BaseProcess) -> None:
-        asyncio.run(_until(f"{self._base_url}{path}", text, process))
-
-
 def run_demo(start: Start, out: Path, seed: int) -> int:
     """Run the comparison and leave telemetry, journals, figures and the picture in `out`; returns the exit status."""
     console = Console()
     shutil.rmtree(out, ignore_errors=True)
-    port = _free_port()
-    name = f"demo-{port}"
     console.print("Starting the engine ...")
-    with _running(start("serve", "--name", name, "--port", str(port))) as server:
-        demo = Demo(start, server, name, f"http://127.0.0.1:{port}", seed)
-        demo.wait_until_ready()
+    with live_engine(start, "demo", seed) as demo:
         console.print("Measuring this machine ...")
         machine = _measure(demo, out / "measure", seed)
         slo, workload = _plan(machine, seed)
@@ -119,7 +68,7 @@ def run_demo(start: Start, out: Path, seed: int) -> int:
     return 0
 
 
-def _measure(demo: Demo, folder: Path, seed: int) -> Machine:
+def _measure(demo: LiveEngine, folder: Path, seed: int) -> Machine:
     """Step time over batch size, from a few requests under a large budget: a line through the iterations' medians."""
     rng = np.random.default_rng(seed)
     for budget in (SMALL, 256, 768):
@@ -172,31 +121,3 @@ def _verdict(summaries: dict[str, dict[str, Any]], slo: Slo) -> str:
         f"Kept the promise: {', '.join(kept) or 'none'}. TTFT p99 of pid is {ratio:.2f} of the small budget's, "
         f"its goodput {pid['request_goodput'] / max(small['request_goodput'], 1e-9):.2f} of it."
     )
-
-
-async def _until(url: str, text: str, process: BaseProcess) -> None:
-    """Wait until the page holds the text. Raises ConnectionError if the process dies or nothing comes for long."""
-    async with aiohttp.ClientSession() as session, asyncio.timeout(READY_S):
-        while process.is_alive():
-            try:
-                async with session.get(url) as response:
-                    if response.status == 200 and text in await response.text():
-                        return
-            except aiohttp.ClientConnectionError:
-                pass
-            await asyncio.sleep(0.1)
-    raise ConnectionError(f"{process.name} ended with exit status {process.exitcode} before it was ready")
-
-
-@contextmanager
-def _running(process: BaseProcess) -> Iterator[BaseProcess]:
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.join()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])

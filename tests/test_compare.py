@@ -155,6 +155,7 @@ def test_everything_is_in_the_json(comparison: Comparison, tmp_path: Path) -> No
     ("changes", "message"),
     [
         ({"policies": ()}, "nothing to compare"),
+        ({"grid": (0, 64)}, "grid is 0"),
         ({"policies": ("pdi",)}, "unknown policy 'pdi'"),
         ({"policies": ("pid@fifo",)}, "'fifo' is not one of"),
         ({"policies": ("clairvoyant:share=0",)}, "share is 0"),
@@ -183,9 +184,10 @@ def test_ctrl_c_leaves_results_and_no_process(tmp_path: Path) -> None:
             assert command.poll() is None and time.monotonic() < deadline_s
             with suppress(subprocess.TimeoutExpired):
                 command.wait(0.2)
-        group = [process.pid for process in psutil.Process(command.pid).children(recursive=True)]
+        workers = psutil.Process(command.pid).children(recursive=True)
         os.killpg(command.pid, signal.SIGINT)
         assert command.wait(60) == 130
-        assert group and not [pid for pid in group if psutil.pid_exists(pid)]
+        _, left = psutil.wait_procs(workers, timeout=20)
+        assert len(workers) >= 2 and not left
     finally:
         command.kill()

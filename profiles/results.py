@@ -1,0 +1,203 @@
+"""What a comparison found: every run's figures, who is the best static, the means over seeds; on screen and as JSON."""
+
+import math
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+from rich.table import Table
+
+from envs.outcome import BoolArray, FloatArray, Outcome
+from envs.slo import Slo
+from profiles.capacity import TOLERANCE, Interval, spared
+
+BEST_STATIC, ORACLE_STATIC = "best single static", "oracle static"
+BINS = np.concatenate(([0.0], np.geomspace(1e-4, 1e3, 281)))  # seconds; 40 in a factor of ten
+FIGURES = {
+    "ttft_p50_s": ("TTFT p50", "s", 1.0, ".3f"),
+    "ttft_p99_s": ("TTFT p99", "s", 1.0, ".2f"),
+    "tbt_p50_s": ("TBT p50", "ms", 1e3, ".1f"),
+    "tbt_p99_s": ("TBT p99", "ms", 1e3, ".1f"),
+    "goodput": ("goodput", "req/s", 1.0, ".2f"),
+    "throughput": ("output", "tok/s", 1.0, ".0f"),
+    "finished": ("finished", "%", 1e2, ".1f"),
+    "tokens_in_slo": ("tokens in SLO", "%", 1e2, ".2f"),
+}
+"""Each figure of a run: its name in a table, the unit there, the factor to it and its digits."""
+WITH_INTERVAL = ("ttft_p99_s", "tbt_p99_s", "goodput")
+
+
+class Run(msgspec.Struct, frozen=True):
+    """One policy at one rate with the requests of one seed.
+
+    `tbt_counts` and `ttft_counts` are histograms over `BINS`; `budget` is time in s and budget in tokens of some
+    iterations, if they were kept.
+    """
+
+    policy: str
+    seed: int
+    rate: float
+    figures: dict[str, float]
+    tbt_counts: list[int] = []
+    ttft_counts: list[int] = []
+    budget: tuple[list[float], list[float]] = ([], [])
+
+
+class Row(NamedTuple):
+    """A contender at a rate: means over seeds with intervals. `policy` is who stands for it there."""
+
+    contender: str
+    policy: str
+    rate: float
+    capacity: Interval | None
+    figures: dict[str, Interval]
+
+
+class Comparison(msgspec.Struct, frozen=True):
+    """`policies` were asked for, `statics` are the grid; `capacities` (req/s, one a seed) are empty in live mode."""
+
+    title: str
+    slo: str
+    policies: list[str]
+    statics: list[str]
+    rates: list[float]
+    capacities: dict[str, list[float]]
+    runs: list[Run]
+    provenance: dict[str, Any]
+
+    @property
+    def contenders(self) -> list[str]:
+        return [*self.policies, BEST_STATIC, ORACLE_STATIC]
+
+    def policy_of(self, contender: str, rate: float) -> str:
+        """Who stands for a contender at a rate: the oracle picks by goodput, and may pick another at each."""
+        if contender == BEST_STATIC:
+            return self.best_static
+        if contender == ORACLE_STATIC:
+            return max(self.statics, key=lambda policy: self.mean(policy, rate, "goodput"))
+        return contender
+
+    @property
+    def best_static(self) -> str:
+        """The static of the grid with the highest capacity; without capacities, the highest goodput over all rates."""
+        if self.capacities:
+            return best_by_capacity(self.statics, self.capacities)
+        return max(self.statics, key=lambda policy: sum(self.mean(policy, rate, "goodput") for rate in self.rates))
+
+    def of(self, policy: str, rate: float) -> list[Run]:
+        return [run for run in self.runs if run.policy == policy and run.rate == rate]
+
+    def mean(self, policy: str, rate: float, figure: str) -> float:
+        return float(np.mean([run.figures[figure] for run in self.of(policy, rate)]))
+
+    def rows(self) -> Iterator[Row]:
+        for rate in self.rates:
+            for contender in self.contenders:
+                policy = self.policy_of(contender, rate)
+                runs = self.of(policy, rate)
+                figures = {name: Interval.of([run.figures[name] for run in runs]) for name in runs[0].figures}
+                yield Row(contender, policy, rate, self.capacity(contender), figures)
+
+    def capacity(self, contender: str) -> Interval | None:
+        """The oracle's is the best single static's: no static of the grid goes further.
+
+        The interval is no narrower than the rung of the search: seeds that end on one rung agree within that only.
+        """
+        policy = self.best_static if contender in (BEST_STATIC, ORACLE_STATIC) else contender
+        if policy not in self.capacities:
+            return None
+        mean, half_width = Interval.of(self.capacities[policy])
+        return Interval(mean, math.hypot(half_width, TOLERANCE * mean))
+
+    def write_json(self, path: Path) -> None:
+        """Everything, and the rows of the table; what is not a number is null."""
+        rows = [row._asdict() | {"capacity": row.capacity and row.capacity._asdict()} for row in self.rows()]
+        for row in rows:
+            row["figures"] = {name: interval._asdict() for name, interval in row["figures"].items()}
+        everything = {"rows": rows} | msgspec.to_builtins(self)
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(everything), indent=1) + b"\n")
+
+
+def best_by_capacity(statics: list[str], capacities: dict[str, list[float]]) -> str:
+    return max(statics, key=lambda policy: float(np.mean(capacities[policy])))
+
+
+def label(row: Row) -> str:
+    """The contender's name, and who stands for it."""
+    return row.contender if row.contender == row.policy else f"{row.contender} ({row.policy.partition('=')[2]})"
+
+
+def cells(row: Row) -> list[str]:
+    """The figures as text in the order and units of `FIGURES`, with the interval where it matters most."""
+    texts = []
+    for name, (_, _, factor, form) in FIGURES.items():
+        if name not in row.figures:
+            texts.append("-")
+            continue
+        mean, half_width = (factor * x for x in row.figures[name])
+        texts.append(format(mean, form) + (f" ±{half_width:{form}}" if name in WITH_INTERVAL else ""))
+    return texts
+
+
+def capacity_cell(capacity: Interval | None) -> str:
+    return f"{capacity.mean:.2f} ±{capacity.half_width:.2f}" if capacity else "-"
+
+
+def screen_table(comparison: Comparison) -> Table:
+    title = f"{comparison.title}; the promise is {comparison.slo} (ms); mean of seeds ± half the 95 % interval"
+    table = Table(title=title, title_justify="left")
+    table.add_column("policy", overflow="fold")
+    for name, unit in (("capacity", "req/s"), *((name, unit) for name, unit, _, _ in FIGURES.values())):
+        table.add_column(f"{name}\n{unit}", justify="right", no_wrap=True)
+    for rate, rows in groupby(comparison.rows(), lambda row: row.rate):
+        table.add_section()
+        table.add_row(f"[bold]at {rate:g} req/s")
+        for row in rows:
+            table.add_row(label(row), capacity_cell(row.capacity), *cells(row))
+    return table
+
+
+def figures_of(outcome: Outcome, ttft_s: FloatArray, slo: Slo) -> dict[str, float]:
+    """The figures of a simulated run; of a request without a first token, TTFT is how long it has waited."""
+    tbt_s = outcome.tbt_s
+    ttft_p50_s, ttft_p99_s = np.quantile(ttft_s, (0.5, 0.99))
+    tbt_p50_s, tbt_p99_s = np.quantile(tbt_s, (0.5, 0.99)) if tbt_s.size else (0.0, 0.0)
+    figures = {
+        "ttft_p50_s": ttft_p50_s,
+        "ttft_p99_s": ttft_p99_s,
+        "tbt_p50_s": tbt_p50_s,
+        "tbt_p99_s": tbt_p99_s,
+        "goodput": float(met(outcome, slo).sum()) / outcome.duration_s,
+        "throughput": outcome.throughput,
+        "finished": outcome.finished.mean(),
+    }
+    if slo.tbt_s is not None:
+        figures["tokens_in_slo"] = outcome.tokens_in_slo(slo.tbt_s)
+    return {name: float(value) for name, value in figures.items()}
+
+
+def met(outcome: Outcome, slo: Slo) -> BoolArray:
+    """Which requests kept the SLO: as `Outcome.met` judges, but without a quantile where none is needed."""
+    n_gaps = outcome.workload.output_tokens - 1
+    late_s = np.inf if slo.tbt_s is None else slo.tbt_s
+    late_before = np.concatenate(([0], np.cumsum(np.diff(outcome.token_times_s) > late_s)))
+    late = late_before[outcome.first_token_row + n_gaps] - late_before[outcome.first_token_row]
+    kept: BoolArray = outcome.finished & (late <= spared(n_gaps, slo.quantile))
+    for bound_s, values_s in ((slo.ttft_s, outcome.ttft_s), (slo.tpot_s, outcome.tpot_s), (slo.e2el_s, outcome.e2el_s)):
+        if bound_s is not None:
+            kept &= ~(values_s > bound_s)
+    for i in np.flatnonzero(kept & (late > 0)):  # late ones, but perhaps few enough
+        first = outcome.first_token_row[i]
+        gaps_s = np.diff(outcome.token_times_s[first : first + n_gaps[i] + 1])
+        kept[i] = np.quantile(gaps_s, slo.quantile) <= late_s
+    return kept
+
+
+def histogram(values_s: FloatArray) -> list[int]:
+    """How many values fall between the `BINS`; those beyond count in the last."""
+    bins = np.searchsorted(BINS, values_s, side="right") - 1
+    counts: list[int] = np.bincount(np.clip(bins, 0, len(BINS) - 2), minlength=len(BINS) - 1).tolist()
+    return counts
