@@ -15,26 +15,35 @@ import numba
 F = TypeVar("F", bound=Callable[..., Any])
 
 OPTIONS: dict[str, Any] = {"cache": True, "nogil": True, "_nrt": False}
+SOURCES = (Path(__file__), Path(__file__).parent / "batching.py", *Path(__file__).parent.parent.glob("envs/*.py"))
+NEWEST_SOURCE = max(path.stat().st_mtime for path in SOURCES)
 
 
 def compiled(function: F) -> F:
     """A function of numbers and arrays, compiled at its first call and kept on disk."""
-    return cast(F, numba.njit(**OPTIONS)(function))
+    return cast(F, _fresh(numba.njit(**OPTIONS)(function)))
 
 
 def inlined(function: F) -> F:
     """The same, as a part of its caller: for functions of a large state, whose passing would cost more than they do."""
-    return cast(F, numba.njit(**OPTIONS, inline="always")(function))
+    return cast(F, _fresh(numba.njit(**OPTIONS, inline="always")(function)))
 
 
-def _forget_stale_machine_code() -> None:
-    """Numba's index of a file knows of changes in that file alone, but what it compiled has others' functions in it."""
-    engine, envs = Path(__file__).parent, Path(__file__).parent.parent / "envs"
-    newest = max(path.stat().st_mtime for path in (Path(__file__), engine / "batching.py", *envs.glob("*.py")))
-    for index in (index for room in (engine, envs) for index in room.glob("__pycache__/*.nbi")):
+def counted(function: F) -> F:
+    """With reference counts: for code that allocates, or keeps typed lists."""
+    return cast(F, _fresh(numba.njit(cache=True, nogil=True)(function)))
+
+
+def _fresh(dispatcher: Any) -> Any:
+    """Forget machine code older than any source that may be in it.
+
+    Numba's index of a file knows of changes in that file alone, but what it compiled has others' functions in it.
+    """
+    stats = getattr(dispatcher, "stats", None)
+    if stats is None:  # NUMBA_DISABLE_JIT
+        return dispatcher
+    for index in Path(stats.cache_path).glob(f"*.{dispatcher.py_func.__name__}-*.nbi"):
         with contextlib.suppress(OSError):  # another process was faster, or the folder is not ours
-            if index.stat().st_mtime < newest:
+            if index.stat().st_mtime < NEWEST_SOURCE:
                 index.unlink()
-
-
-_forget_stale_machine_code()
+    return dispatcher

@@ -43,7 +43,7 @@ class Promise(NamedTuple):
         """Raises ValueError if the SLO has no bound on TBT."""
         if slo.tbt_s is None:
             raise ValueError(f"SLO {str(slo)!r} has no bound on TBT, which knobs are set by: add tbt:MILLISECONDS")
-        return cls(slo.tbt_s, slo.ttft_s or DEFAULT_TTFT_S, max(1.0 - slo.quantile, 1e-3))
+        return cls(float(slo.tbt_s), float(slo.ttft_s or DEFAULT_TTFT_S), max(1.0 - slo.quantile, 1e-3))
 
 
 class Memory(NamedTuple):

@@ -5,9 +5,9 @@
 
 import numpy as np
 
-from engine.batching import Limits, form_batch
+from engine.batching import REQUEST_LEVEL, Limits, form_batch
 from engine.compiled import inlined
-from envs.stages import drop_without_blocks, launch, mean_s, retire
+from envs.stages import drain, drop_without_blocks, launch, mean_s, retire
 from envs.state import IntArray, Rules, State
 
 
@@ -58,7 +58,10 @@ def _plan_batch(state: State, rules: Rules, budget: int, chunk: int) -> tuple[in
     seats = Limits(
         limits.max_requests - s.flying_requests, limits.max_budget_tokens, limits.block_tokens, limits.tile_tokens
     )
-    waiting = state.waiting[s.head : min(s.tail, s.head + limits.max_requests)]
+    end = min(s.tail, s.head + limits.max_requests)
+    if rules.schedule == REQUEST_LEVEL and s.n_running > 0:
+        end = s.head  # the group may be on the stages, where the rule does not see it
+    waiting = state.waiting[s.head : end]
     return form_batch(
         rules.schedule,
         budget,
@@ -106,7 +109,7 @@ def _ideal_budget(state: State, rules: Rules, limit_s: float) -> int:
         else:
             high = probe - 1
         probe = (low + high + 1) // 2
-    return low * tile
+    return min(low * tile, rules.limits.max_budget_tokens)
 
 
 @inlined
@@ -145,7 +148,8 @@ def _form(state: State, rules: Rules, budget: int, chunk: int) -> int:
         if context[slot] >= held_blocks[slot] * block_tokens:
             held_blocks[slot] += 1
             s.free_blocks -= 1
-    s.prefill_turn = decodes > 0
+    if decodes + prefills + admitted > 0:
+        s.prefill_turn = decodes > 0
     s.budget, s.chunk = budget, chunk
     _compose(state, decodes, decodes + prefills + admitted)
     return decodes + prefills + admitted
@@ -186,6 +190,7 @@ def advance(state: State, rules: Rules, budget: int, chunk: int, limit_s: float)
             _log(state)
             return int(s.rows)
         if s.in_flight == 0:
+            drain(state)
             return 0
         s.now_s = state.flight.completed_s[s.oldest]  # all that runs is on the stages
         if s.arrived < n_requests:
@@ -201,10 +206,14 @@ def run(
     Returns the rows of the last batch.
     """
     s = state.scalars[0]
-    n_requests, rows = len(state.requests.arrival_s), 0
+    arrival_s, rows = state.requests.arrival_s, 0
     for _ in range(max_iterations):
+        idle = s.in_flight == 0 and s.n_running == 0 and s.head == s.tail
+        if idle and s.arrived < len(arrival_s) and arrival_s[s.arrived] >= until_s:
+            s.now_s = max(s.now_s, until_s)
+            return 0
         rows = advance(state, rules, budget, chunk, limit_s)
-        if s.finished == n_requests or s.now_s >= until_s or s.n_logged == len(state.log):
+        if s.finished == len(arrival_s) or s.now_s >= until_s or s.n_logged == len(state.log):
             break
     return rows
 

@@ -4,14 +4,13 @@ A lane is one episode: what `Simulation`, `Codec` and `ServingEnv` hold of it, a
 features and the reward are theirs; only telemetry is left out, its numbers are read where it reads them.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.compiled import compiled
+from engine.compiled import compiled, counted
 from envs.features import (
     FEATURES,
     IN_FLIGHT,
@@ -32,14 +31,6 @@ from envs.reward import NOTHING, Earned, earned, plus
 from envs.simulator import Simulation
 from envs.state import IntArray, Rules, State
 from envs.step_time import StepTimeModel, mean_step_s
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _with_lists(function: F) -> F:
-    """Typed lists count the references to what they hold, so their functions are compiled the common way."""
-    return cast(F, numba.njit(cache=True, nogil=True)(function))
-
 
 _features, _knobs_of, _plus = compiled(features), compiled(knobs_of), compiled(plus)
 _probes, _remember = compiled(probes), compiled(remember)
@@ -223,7 +214,7 @@ def _iterate(lane: Lane, memory: Memory, i: int, out: Seen) -> tuple[Memory, Ear
     return memory, earned(lane.state, lane.credited, lane.promise, launched)
 
 
-@_with_lists
+@counted
 def step_lanes(lanes: Any, memories: Any, going: Any, actions: FloatArray, frame_skip: int, out: Seen) -> None:
     """A step of every lane that is `going`; as `ServingEnv.step`. `actions` is float64 [lanes, 2] within -1 to 1."""
     for i in range(len(lanes)):
@@ -247,7 +238,7 @@ def step_lanes(lanes: Any, memories: Any, going: Any, actions: FloatArray, frame
         _write(total, out.earned[i])
 
 
-@_with_lists
+@counted
 def begin_lane(lanes: Any, memories: Any, i: int, lane: Lane, memory: Memory, out: Seen) -> None:
     """Put a new episode in place i, and launch its first iteration; as `ServingEnv.reset`."""
     memory, seen = _iterate(lane, memory, i, out)
@@ -255,7 +246,7 @@ def begin_lane(lanes: Any, memories: Any, i: int, lane: Lane, memory: Memory, ou
     _write(seen, out.earned[i])
 
 
-@_with_lists
+@counted
 def lists_of(lane: Lane, memory: Memory, n: int) -> tuple[Any, Any]:
     """(lanes, memories): typed lists with n places, for the two functions above."""
     lanes, memories = numba.typed.List(), numba.typed.List()

@@ -18,8 +18,9 @@ class Outcome:
     """One row a request, in order of arrival; times are float64 seconds from the start, NaN where it did not happen.
 
     `token_times_s` holds the times of all output tokens, request after request: those of request i begin at
-    `first_token_row[i]`, and `produced[i]` of them happened. `stage_bubble_s` is time that a stage stood idle while
-    there was work, float64 [stages]. `log` has one row an iteration if it was kept, columns `LOG_COLUMNS`.
+    `first_token_row[i]`, and `produced[i]` of them happened. `duration_s` runs from the first arrival to the last
+    token, or to where the run was cut. `stage_bubble_s` is time that a stage stood idle while there was work, float64
+    [stages]. `log` has one row an iteration if it was kept, columns `LOG_COLUMNS`.
     """
 
     workload: Workload

@@ -2,6 +2,7 @@
 
 A request's prompt is worth 1, spread over its tokens. Each earns its part when it is computed, times what is left of
 the promised TTFT then, as a share: 1 on arrival, 0 from the TTFT on. So progress pays at once, and sooner pays more.
+A request of one token has no gaps, and earns no more.
 
 Its gaps are worth 1, spread over them too. A gap within the TBT SLO earns its part p; a late one costs p / (1 - q) more
 than it earns, q being the quantile of the SLO. So the gaps of a request earn something exactly while no more of them
@@ -13,6 +14,8 @@ is computed before the first action is nobody's merit, and not in the sum.
 """
 
 from typing import NamedTuple
+
+import numpy as np
 
 from engine.compiled import compiled
 from envs.features import Promise
@@ -73,7 +76,8 @@ def earned(state: State, credited: IntArray, promise: Promise, launched: bool) -
     return Earned(total, s.n_gaps, late, s.n_firsts, s.n_finished)
 
 
-def unfinished_requests(state: State) -> int:
-    """How many have arrived and not ended."""
+def unfinished_requests(state: State, until_s: float) -> int:
+    """How many arrived before the cut at `until_s` and have not ended."""
     s = state.scalars[0]
-    return int(s["arrived"] - s["finished"])
+    arrived = min(int(s["arrived"]), int(np.searchsorted(state.requests.arrival_s, until_s)))
+    return arrived - int(s["finished"])

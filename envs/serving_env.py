@@ -117,6 +117,8 @@ class ServingEnv(gymnasium.Env[Float32Array, Float32Array]):
 
     def step(self, action: Float32Array) -> tuple[Float32Array, float, bool, bool, dict[str, Any]]:
         """Raises ValueError if the action is not a number."""
+        if not hasattr(self, "_simulation"):
+            raise gymnasium.error.ResetNeeded("call reset before the first step")
         simulation, episodes, total = self._simulation, self._episodes, NOTHING
         answer = to_knobs(action, simulation.plant.config.bounds)
         for _ in range(episodes.frame_skip):
@@ -131,7 +133,7 @@ class ServingEnv(gymnasium.Env[Float32Array, Float32Array]):
         reward, info, terminated = total.reward, self._info(total), simulation.done
         over = simulation.now_s >= episodes.until_s or self._steps >= episodes.max_steps
         if over and not terminated:
-            reward -= unfinished_requests(simulation.state)
+            reward -= unfinished_requests(simulation.state, episodes.until_s)
         if over or terminated:
             info |= outcome_info(simulation, self._scenario.slo)
         return observation, reward, terminated, over and not terminated, info

@@ -94,7 +94,7 @@ class ServingVectorEnv(gymnasium.vector.VectorEnv[Float32Array, Float32Array, ND
         for i in np.flatnonzero(resets).tolist():
             self._begin(i)
         for i in np.flatnonzero(truncated).tolist():
-            rewards[i] -= unfinished_requests(self._running[i][1].state)
+            rewards[i] -= unfinished_requests(self._running[i][1].state, episodes.until_s)
         observations, info = seen.observations.copy(), self._info()
         for i in np.flatnonzero(over).tolist():
             scenario, simulation = self._running[i]

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from engine.batching import SCHEDULES, Limits
@@ -29,6 +30,7 @@ from envs.step_time import StepTimeModel
 from envs.trace import Workload
 
 NEVER = np.inf
+TINY_S = 1e-9  # a run that was cut off before its first arrival has no duration to divide by
 
 Decide = Callable[[Telemetry, int], tuple[int, int, str] | None]
 """A law under its guard: telemetry and monotonic nanoseconds in; budget, chunk and reason out, or None for silence."""
@@ -100,6 +102,8 @@ class Simulation:
 
     @slowdown.setter
     def slowdown(self, factor: float) -> None:
+        if not factor > 0:
+            raise ValueError(f"slowdown is {factor}; it must be a positive factor on all step times")
         self._scalars["slowdown"] = factor
 
     def step(self, budget_tokens: int, chunk_tokens: int) -> bool:
@@ -111,38 +115,62 @@ class Simulation:
         return self._launch(InForce(budget_tokens, chunk_tokens, answered, answered, "controller"))
 
     def run_static(self, budget_tokens: int, chunk_tokens: int, until_s: float = NEVER) -> None:
-        """Fixed knobs until all requests have ended, or until `until_s`."""
+        """Fixed knobs until all requests have ended, or until `until_s`. Raises ValueError for knobs out of bounds."""
+        self._check_knobs(budget_tokens, chunk_tokens)
+        self._in_force = InForce(budget_tokens, chunk_tokens, self.iteration, self.iteration, "controller")
         self._run(budget_tokens, chunk_tokens, 0.0, until_s)
 
     def run_clairvoyant(self, limit_s: float, until_s: float = NEVER) -> None:
         """The bound for all laws: before each batch, the largest budget whose true mean time is within `limit_s`.
 
         It knows the step-time model and the very batch that would be formed, without dead time; what it does not know
-        is the noise. Nothing limits it while nothing decodes.
+        is the noise. Nothing limits it while nothing decodes. Raises ValueError for several stages, or another schedule
+        than stall-free: there a batch without decodes keeps others' decodes waiting, and this is no bound.
         """
+        if self.plant.stages > 1 or self.plant.config.schedule != "stall-free":
+            raise ValueError(
+                f"clairvoyant is a bound for stall-free batching on one stage, not for {self.plant.config.schedule} on "
+                f"{self.plant.stages}: compare with static budgets there"
+            )
         if not limit_s > 0:
             raise ValueError(f"limit_s is {limit_s}; it must be a positive number of seconds")
         self._run(0, 0, limit_s, until_s)
 
     def run_law(self, decide: Decide, until_s: float = NEVER) -> None:
-        """A law in the loop: asked at every launch, obeyed `dead_time_iterations` later."""
-        dead_time = self.plant.dead_time_iterations
-        pending = deque([self._in_force] * dead_time)
+        """A law in the loop: asked at every launch, obeyed `dead_time_iterations` later.
+
+        While it is silent its last knobs stay in force, for the time to live; then the engine's own are.
+        """
+        fallback, dead_time = self._in_force, self.plant.dead_time_iterations
+        newest, answered_s = fallback, self.now_s
+        pending = deque([newest] * dead_time)
         while not self.done and self.now_s < until_s:
-            in_force = pending.popleft()
-            launched = self._launch(in_force)
+            launched = self._launch(pending.popleft(), until_s)
             answer = decide(self.telemetry(), round(self.now_s * 1e9))
             if answer is not None:
-                in_force = InForce(answer[0], answer[1], in_force.sequence + 1, self.iteration, "controller")
+                newest = InForce(answer[0], answer[1], newest.sequence + 1, self.iteration, "controller")
+                answered_s = self.now_s
+            elif self.now_s - answered_s > self.plant.config.knobs_ttl_s:
+                newest = msgspec.structs.replace(fallback, sequence=newest.sequence, iteration=newest.iteration)
             if not launched:  # nothing runs: the answer to the idle message is there long before the next iteration
-                pending = deque([in_force] * (dead_time - 1))
-            pending.append(in_force)
+                pending = deque([newest] * (dead_time - 1))
+            pending.append(newest)
 
-    def _launch(self, knobs: InForce) -> bool:
+    def _launch(self, knobs: InForce, until_s: float = NEVER) -> bool:
+        self._check_knobs(knobs.budget_tokens, knobs.chunk_tokens)
         self._in_force = knobs
-        rows = run(self.state, self.rules, knobs.budget_tokens, knobs.chunk_tokens, 0.0, NEVER, 1)
+        rows = run(self.state, self.rules, knobs.budget_tokens, knobs.chunk_tokens, 0.0, until_s, 1)
         self._keep_log(LOG_ROWS)
         return rows > 0
+
+    def _check_knobs(self, budget_tokens: int, chunk_tokens: int) -> None:
+        bounds = self._bounds
+        for name, value in (("budget_tokens", budget_tokens), ("chunk_tokens", chunk_tokens)):
+            if not bounds.min_budget_tokens <= value <= bounds.max_budget_tokens:
+                raise ValueError(
+                    f"{name} {value} is outside the launch bounds {bounds.min_budget_tokens}.."
+                    f"{bounds.max_budget_tokens}: clamp it, as Guard does"
+                )
 
     def _run(self, budget: int, chunk: int, limit_s: float, until_s: float) -> None:
         while not self.done and self.now_s < until_s:
@@ -160,14 +188,15 @@ class Simulation:
         """What has happened so far."""
         self._keep_log(1)
         state, requests = self.state, self.state.requests
-        last = np.nanmax(state.token_times_s, initial=0.0)
+        first_s = self.workload.arrival_s[0]
+        end_s = max(float(np.nanmax(state.token_times_s, initial=0.0)), 0.0 if self.done else self.now_s)
         return Outcome(
             workload=self.workload,
             first_scheduled_s=requests.first_scheduled_s.copy(),
             produced=requests.produced.copy(),
             first_token_row=requests.first_token_row.copy(),
             token_times_s=state.token_times_s.copy(),
-            duration_s=float(last - self.workload.arrival_s[0]),
+            duration_s=max(float(end_s - first_s), TINY_S),
             iterations=self.iteration,
             preemptions=int(self._scalars["preemptions"]),
             stage_busy_s=state.stage_busy_s.copy(),

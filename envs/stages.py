@@ -104,6 +104,15 @@ def _noise(seed: int, counter: int, residuals: FloatArray) -> float:
 
 
 @inlined
+def drain(state: State) -> None:
+    """Nothing is left to run: a stage that ended before the last one stood idle while there was work."""
+    now_s, work_since_s = state.scalars[0].now_s, state.scalars[0].work_since_s
+    for stage in range(len(state.stage_free_s)):
+        state.stage_bubble_s[stage] += now_s - max(state.stage_free_s[stage], work_since_s)
+        state.stage_free_s[stage] = now_s
+
+
+@inlined
 def launch(state: State, rules: Rules) -> None:
     """Put the batch on the stages: each begins when it is free and the stage before has handed over."""
     s, flight, plan = state.scalars[0], state.flight, state.plan

@@ -32,7 +32,8 @@ LAWS: dict[str, Callable[..., Policy]] = {
     "ascend": AscendDynamicBatch,
     "sarathi-dynamic": SarathiDynamic,
 }
-"""A law's constructor names what it needs besides the first telemetry: `tbt_slo_s`, `ttft_slo_s`, `step_time`.
+"""A law's constructor names what it needs besides the first telemetry: `tbt_slo_s`, `ttft_slo_s`, `quantile` (of the
+SLO), `step_time`.
 
 It may have RANGES: the parameters that can be set here, each with its lowest and highest value. A peer's law that knows
 an SLO is AS_PUBLISHED: Guard's slew limit and lock-in watch would make another law of it.
@@ -73,9 +74,10 @@ def parse_law(spec: str, slo: Slo | None = None, step_time: "StepTimeModel | Non
         "tbt_slo_s": slo.tbt_s if slo else None,
         "ttft_slo_s": slo.ttft_s if slo else None,
         "step_time": step_time,
+        "quantile": slo.quantile if slo else None,
     }
     for need, parameter in inspect.signature(make).parameters.items():
-        if need not in had:
+        if need not in had or need in arguments:
             continue
         if had[need] is not None:
             arguments[need] = had[need]

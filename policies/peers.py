@@ -112,7 +112,8 @@ class GllmThrottle:
                  free KV tokens above the threshold,
                  max(prompt tokens due // iterp, minp) )             the last one only if more than one prompt is due
 
-    The budget is P and the decodes. Not theirs: they also spread the decodes over the microbatches of a pipeline,
+    The budget is P and the decodes. They use the first and the last term only with several stages or ranks; here they
+    always act, since that is the method. Not theirs: they also spread the decodes over the microbatches of a pipeline,
     which no knob does here; and the threshold is the paper's constant, where newer code reserves for each output what
     it may still take.
     """

@@ -13,7 +13,7 @@ class Pid:
     """Velocity-form PID on the logarithm of the token budget.
 
         b_i = T_i * r / y_i          the budget at which iteration i (T_i tokens, TBT y_i) would have met r
-        B*  = 1 % quantile of b_i over the window, weighted by decode tokens
+        B*  = quantile of b_i over the window, 1 % for a promise of P99, weighted by decode tokens
         e   = ln(B* / B)             B the budget sent last; equals ln(r / P99 of the TBTs referred to B)
         dlnB = kp (e - e') + ki e + kd (e - 2 e' + e'')
 
@@ -42,8 +42,10 @@ class Pid:
         ki: float = 0.5,
         kd: float = 0.0,
         window: int = 128,
+        quantile: float = 0.99,
     ) -> None:
         self._reference_s = set_point * tbt_slo_s
+        self._late_share = 1.0 - quantile
         self._kp, self._ki, self._kd = kp, ki, kd
         self._log = IterationLog()
         self._window = WeightedWindow(window)  # of ln b_i, weighted by decode tokens
@@ -58,7 +60,7 @@ class Pid:
             assert iteration.tbt_s is not None
             allowed = math.log(iteration.batch.total_tokens * self._reference_s / iteration.tbt_s)
             self._window.push(allowed, len(iteration.measured.tbt_s))
-        error = self._window.low_quantile(0.01) - self._log_budget
+        error = self._window.low_quantile(self._late_share) - self._log_budget
         last, before = self._errors or (error, error)
         self._log_budget += self._kp * (error - last) + self._ki * error + self._kd * (error - 2.0 * last + before)
         self._errors = (error, last)

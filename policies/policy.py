@@ -1,6 +1,6 @@
 """What a law is: telemetry in, decision out; and how one is named on the command line."""
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -49,7 +49,7 @@ class IterationLog:
 
     def __init__(self) -> None:
         self._launched: OrderedDict[int, tuple[BatchComposition, InForce]] = OrderedDict()
-        self._last_completed_ns: int | None = None
+        self._ended_ns: deque[int] = deque(maxlen=self._KEPT)
 
     def completed(self, telemetry: Telemetry) -> Iterator[Iteration]:
         """The iterations that this message completes, of those whose launch was seen."""
@@ -57,7 +57,7 @@ class IterationLog:
             launched = self._launched.pop(completion.iteration, None)
             if launched is not None:
                 yield Iteration(*launched, completion, self._blame(completion))
-            self._last_completed_ns = completion.completed_ns
+            self._ended_ns.append(completion.completed_ns)
         if telemetry.batch.total_tokens > 0:
             self._launched[telemetry.iteration] = (telemetry.batch, telemetry.knobs)
             while len(self._launched) > self._KEPT:
@@ -66,5 +66,7 @@ class IterationLog:
     def _blame(self, completion: Completion) -> float | None:
         if not completion.tbt_s:
             return None
-        began_ns = completion.scheduled_ns if self._last_completed_ns is None else self._last_completed_ns
+        # A request's token before this one came with the microbatch that took the same turn on the stages.
+        turns = max(len(completion.stages), 1)
+        began_ns = self._ended_ns[-turns] if len(self._ended_ns) >= turns else completion.scheduled_ns
         return min(max(completion.tbt_s), (completion.completed_ns - began_ns) * 1e-9)

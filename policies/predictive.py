@@ -28,6 +28,8 @@ class Predictive:
         self._factor = step_time.factor(quantile)
 
     def decide(self, telemetry: Telemetry) -> Decision:
+        if any(len(completion.stages) > 1 for completion in telemetry.completed):
+            raise NotImplementedError("predictive does not model pipeline stages yet: choose pid or aimd")
         outlook, bounds = foresee(telemetry), telemetry.bounds
         if outlook.decodes == 0:
             budget = bounds.max_budget_tokens

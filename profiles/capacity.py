@@ -76,6 +76,10 @@ class PolicySpec(NamedTuple):
         """The plant under this schedule. One that runs whole prompts gets buffers for the longest."""
         if not self.schedule:
             return plant
+        if self.clairvoyant and self.schedule != "stall-free":
+            raise ValueError(
+                f"policy {self.law}@{self.schedule}: {CLAIRVOYANT} is a bound for stall-free batching only"
+            )
         config = plant.config
         chunks = self.schedule in ("stall-free", "chunks-only")
         most = config.max_budget_tokens if chunks else max(config.max_budget_tokens, config.max_model_tokens)

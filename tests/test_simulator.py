@@ -66,10 +66,29 @@ def test_an_answer_acts_one_dead_time_later(dead_time: int) -> None:
         assert telemetry.knobs.budget_tokens == 100 + (telemetry.iteration - dead_time) % 1000
 
 
-def test_silence_keeps_the_knobs() -> None:
-    simulation = Simulation(Plant(CONFIG, MODEL), workload(), keep_log=True)
-    simulation.run_law(lambda telemetry, now_ns: None)
-    assert set(simulation.outcome().log[:, 1]) == {CONFIG.budget_tokens}
+@pytest.mark.parametrize("dead_time", [1, 2, 3])
+def test_a_silent_law_leaves_its_last_knobs_until_the_time_to_live(dead_time: int) -> None:
+    config = EngineConfig(kv_blocks=2048, max_requests=32, knobs_ttl_s=0.5)
+    simulation = Simulation(Plant(config, MODEL, dead_time_iterations=dead_time), workload(rate=1000))
+    seen: list[Telemetry] = []
+
+    def decide(telemetry: Telemetry, now_ns: int) -> tuple[int, int, str] | None:
+        seen.append(telemetry)
+        return (100 + telemetry.iteration, 64, "") if telemetry.iteration <= 10 else None
+
+    simulation.run_law(decide)
+    spoke_s = next(t.scheduled_ns for t in seen if t.iteration == 10) * 1e-9
+    for telemetry in seen:
+        if telemetry.iteration > 10 + dead_time:
+            age_s = telemetry.scheduled_ns * 1e-9 - spoke_s
+            if age_s < 0.5:
+                assert telemetry.knobs.budget_tokens == 110
+            elif age_s > 0.5 + dead_time * 0.1:
+                assert telemetry.knobs.source == "fallback"
+                assert telemetry.knobs.budget_tokens == config.budget_tokens
+    assert seen[-1].knobs.source == "fallback"
+    assert [t.knobs.sequence for t in seen] == sorted(t.knobs.sequence for t in seen)
+    assert seen[-1].knobs.sequence == 10
 
 
 @pytest.mark.parametrize("stages", [2, 3, 8])
@@ -107,6 +126,34 @@ def test_unequal_microbatches_leave_bubbles_and_equal_ones_do_not() -> None:
     plant = Plant(CONFIG, QUIET, stages=2)
     bubbles = [ran_static(plant, both, budget).stage_bubble_s[1] for budget in (2048, 64)]
     assert bubbles[0] > bubbles[1]
+
+
+def test_stages_are_busy_or_idle_for_as_long_as_there_is_work() -> None:
+    """One request alone passes two stages: each waits for the other, at the start as at the end."""
+    alone = Workload(np.array([0.0, 50.0]), np.array([100, 100]), np.array([3, 3]))
+    outcome = ran_static(Plant(CONFIG, QUIET, stages=2), alone, 256)
+    steps_s = [QUIET.mean_s(0, 0, 1, 100, 5000), QUIET.mean_s(1, 100, 0, 0, 0), QUIET.mean_s(1, 101, 0, 0, 0)]
+    assert outcome.stage_busy_s == pytest.approx([2 * sum(steps_s)] * 2)
+    assert outcome.stage_bubble_s == pytest.approx([2 * sum(steps_s)] * 2)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_busy_and_bubble_add_up_to_the_time_with_work(stages: int) -> None:
+    outcome = ran_static(Plant(CONFIG, MODEL, stages=stages), workload(rate=2.0), 256)
+    with_work_s = outcome.stage_busy_s + outcome.stage_bubble_s
+    assert with_work_s == pytest.approx(np.full(stages, with_work_s[0]))
+    assert 0.3 * outcome.duration_s < with_work_s[0] < outcome.duration_s
+    assert len(set(outcome.stage_busy_s.tolist())) == stages, "each stage has noise of its own"
+
+
+def test_request_level_waits_for_the_group_on_all_stages() -> None:
+    config = EngineConfig(schedule="request-level", max_budget_tokens=2048, max_requests=4, kv_blocks=2048)
+    requests = workload(12, rate=1000.0)
+    outcome = ran_static(Plant(config, QUIET, stages=3), requests, 2048)
+    ends_s = outcome.e2el_s + requests.arrival_s
+    for admitted_s in np.unique(outcome.first_scheduled_s)[1:]:
+        before = outcome.first_scheduled_s < admitted_s
+        assert ends_s[before].max() <= admitted_s
 
 
 def test_clairvoyant_keeps_its_limit_while_anyone_decodes_and_knows_none_otherwise() -> None:
@@ -209,6 +256,35 @@ def test_an_outcome_agrees_with_a_plain_reckoning() -> None:
     assert outcome.tokens_in_slo(0.0165) == np.mean(np.array(gaps) <= 0.0165)
 
 
+def test_a_stalled_law_gains_nothing_by_the_cut() -> None:
+    """Few tokens early and none after: the time until the cut counts, not that until the last token."""
+    requests = Workload(np.arange(11) * 0.01, np.array([10] * 10 + [1900]), np.array([1] * 11))
+    slow, fast = (Simulation(Plant(CONFIG, QUIET), requests) for _ in range(2))
+    slow.run_static(16, 16, until_s=0.8)
+    fast.run_static(2048, 2048, until_s=0.8)
+    slo = Slo(ttft_s=1.0)
+    assert fast.done and not slow.done
+    assert slow.outcome().goodput(slo) < fast.outcome().goodput(slo)
+    assert slow.outcome().duration_s >= 0.8
+
+
+def test_nothing_happens_after_the_time_is_up() -> None:
+    requests = Workload(np.array([0.0, 100.0]), np.array([10, 10]), np.array([2, 2]))
+    for run in (lambda s: s.run_static(64, 64, until_s=5.0), lambda s: s.run_law(lambda t, now: None, until_s=5.0)):
+        simulation = Simulation(Plant(CONFIG, QUIET), requests)
+        run(simulation)
+        assert simulation.now_s == 5.0
+        outcome = simulation.outcome()
+        assert outcome.finished.tolist() == [True, False]
+        assert np.isnan(outcome.first_scheduled_s[1])
+        assert outcome.duration_s == 5.0
+
+
+def test_a_run_cut_before_it_began_has_no_goodput() -> None:
+    simulation = Simulation(Plant(CONFIG, QUIET), Workload(np.array([0.0]), np.array([10]), np.array([2])))
+    assert simulation.outcome().goodput(Slo(tbt_s=1.0)) == 0.0
+
+
 def test_a_run_cut_short_counts_the_unfinished_as_misses() -> None:
     requests = workload(200, rate=50.0)
     simulation = Simulation(Plant(CONFIG, MODEL), requests)
@@ -231,6 +307,11 @@ def test_a_run_cut_short_counts_the_unfinished_as_misses() -> None:
             "request 0",
         ),
         (lambda: Simulation(Plant(CONFIG, MODEL), workload()).run_clairvoyant(0.0), "limit_s is 0"),
+        (lambda: Simulation(Plant(CONFIG, MODEL, stages=2), workload()).run_clairvoyant(1.0), "one stage"),
+        (lambda: Simulation(Plant(CONFIG, MODEL), workload()).run_static(0, 64), "budget_tokens 0 is outside"),
+        (lambda: Simulation(Plant(CONFIG, MODEL), workload()).run_static(64, 100_000), "chunk_tokens 100000"),
+        (lambda: Simulation(Plant(CONFIG, MODEL), workload()).step(9000, 64), "budget_tokens 9000"),
+        (lambda: setattr(Simulation(Plant(CONFIG, MODEL), workload()), "slowdown", 0.0), "slowdown is 0"),
     ],
 )
 def test_bad_input_is_named(change: object, message: str) -> None:
