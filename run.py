@@ -212,7 +212,7 @@ def _launch(args: argparse.Namespace) -> int:
 def _record(args: argparse.Namespace) -> int:
     from profiles.record import run_record  # noqa: PLC0415
 
-    return run_record(_endpoints(args, args.engine), args.out, args.duration, _keys(args))
+    return run_record(_endpoints(args, args.engine), args.out, args.duration, _keys(args), time.monotonic_ns)
 
 
 def _bench(args: argparse.Namespace) -> int:

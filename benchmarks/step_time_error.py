@@ -9,6 +9,7 @@ next, so no model gets R2 of rows near 1: that of a model fitted to the judged f
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -37,20 +38,26 @@ def main() -> int:
     parser.add_argument("--seconds", default="interval_s", choices=("interval_s", "device_s"), help="column to model")
     parser.add_argument("--out", type=Path, help="write the fitted model, with these figures, as JSON")
     parser.add_argument("--quick", action="store_true", help="fewer timed calls, same measurement")
-    parser.add_argument("--seed", type=int, default=0, help="there is no randomness: kept for the result line")
     args = parser.parse_args()
-    files = sorted(path for path in args.telemetry.iterdir() if path.name.endswith(SUFFIXES))
-    recordings = {path.name: load_iterations(path, args.seconds) for path in files}
+    try:
+        return judge(args.telemetry, args.seconds, args.out, 50 if args.quick else 500)
+    except (ValueError, OSError) as error:
+        print(f"step_time_error: {error}", file=sys.stderr)
+        return 2
+
+
+def judge(telemetry: Path, seconds: str, out: Path | None, loops: int) -> int:
+    files = sorted(path for path in telemetry.iterdir() if path.name.endswith(SUFFIXES))
+    recordings = {path.name: load_iterations(path, seconds) for path in files}
     sweeps = {name: recording for name, recording in recordings.items() if "sweep" in name}
     runs = {name: recording for name, recording in recordings.items() if "run" in name and name not in sweeps}
     if not sweeps or not runs:
-        print(f"{args.telemetry} needs tables with sweep and with run in their names", file=sys.stderr)
-        return 2
+        raise ValueError(f"{telemetry} needs tables with sweep and with run in their names")
     model = fit(Iterations.concatenate(list(sweeps.values())), list(sweeps))
     judged = errors(model, Iterations.concatenate(list(runs.values())))
     _print_tables(model, sweeps, runs, judged)
-    call_ns = _call_ns(model, 50 if args.quick else 500)
-    if args.out:
+    call_ns = _call_ns(model, loops)
+    if out:
         rounded = {
             f"runs_{name}": {key: round(figure, 5) for key, figure in figures.items()}
             for name, figures in judged.items()
@@ -58,15 +65,15 @@ def main() -> int:
         held_out = model.description.held_out | rounded
         provenance = {**model.description.provenance, "judged_on": list(runs)}
         description = msgspec.structs.replace(model.description, held_out=held_out, provenance=provenance)
-        StepTimeModel(description).save(args.out)
-    mixed, decode_only = judged["mixed"]["median_error"], judged["decode_only"]["median_error"]
+        StepTimeModel(description).save(out)
+    mixed, decode_only = (judged.get(name, {}).get("median_error", math.nan) for name in ("mixed", "decode_only"))
     r2 = judged["all"]["r2_sums"]
     report(
         "step time of unseen runs, mixed iterations (median relative error)",
         mixed,
         f"<= {MIXED_GOAL}; decode-only <= {DECODE_ONLY_GOAL}, R2 of sums >= {R2_GOAL}, call < {CALL_GOAL_NS:.0f} ns",
         ok=mixed <= MIXED_GOAL and decode_only <= DECODE_ONLY_GOAL and r2 >= R2_GOAL and call_ns < CALL_GOAL_NS,
-        seed=args.seed,
+        seed=0,  # there is no randomness
         decode_only=decode_only,
         r2_sums=r2,
         r2_rows=judged["all"]["r2"],
@@ -93,10 +100,18 @@ def _print_tables(
     console.print(table)
     summary = Table(*("file", "times unknown", "within range", "R2 of rows", "if fitted to them", "R2 of sums"))
     for name, recording in runs.items():
-        figures, own = errors(model, recording)["all"], errors(fit(recording), recording)["all"]
-        shown = (figures["unknown_times"], figures["covered"], figures["r2"], own["r2"], figures["r2_sums"])
+        figures = errors(model, recording)["all"]
+        shown = (figures["unknown_times"], figures["covered"], figures["r2"], _own_r2(recording), figures["r2_sums"])
         summary.add_row(name, *(f"{figure:.4g}" for figure in shown))
     console.print(summary)
+
+
+def _own_r2(recording: Iterations) -> float:
+    """Of a model that was fitted to the recording itself; NaN if it is too short for that."""
+    try:
+        return errors(fit(recording), recording)["all"]["r2"]
+    except ValueError:
+        return math.nan
 
 
 def _add_rows(table: Table, name: str, figures: dict[str, dict[str, float]]) -> None:

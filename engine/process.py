@@ -21,6 +21,8 @@ from engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+LONGEST_HEARTBEAT_S = 10.0  # who listens takes an engine that says nothing for longer than a few of these for dead
+
 
 class RequestGate:
     """The engine's sockets to the HTTP server: requests in, tokens out, neither ever waited for by a step."""
@@ -94,6 +96,11 @@ def run_loop(core: EngineCore, gate: RequestGate, clock: Callable[[], int], hear
             gate.wait(heartbeat_s)
 
 
+def idle_heartbeat_s(config: EngineConfig) -> float:
+    """How often an idle engine speaks: several times within the knobs' time to live."""
+    return min(config.knobs_ttl_s / 4, LONGEST_HEARTBEAT_S)
+
+
 def main(
     config: EngineConfig,
     source: ModelSource,
@@ -124,7 +131,7 @@ def main(
     gc.freeze()  # a collection that walks through all that was loaded would hold up a step
     core = EngineCore(engine_id, config, Scheduler(config), runner, link, clock, gate.send)
     ready.send("")
-    run_loop(core, gate, clock, config.knobs_ttl_s / 4)
+    run_loop(core, gate, clock, idle_heartbeat_s(config))
     link.close()
     claim.close()
 

@@ -1,30 +1,13 @@
 """Iterations recorded by NVIDIA Dynamo's forward-pass metrics, for step-time models."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 import numpy as np
 
+from envs.iterations import COMPOSITION, Iterations
 from envs.trace_files import decoded_lines
-from envs.workload import FloatArray, IntArray
-
-
-class ForwardPasses(NamedTuple):
-    """One row per iteration: arrays of one length, float64 but for `run`; in the order of `envs.iterations.Iterations`.
-
-    `prefill_attention_tokens2` is W = sum of c * (L + c/2) over the prefill chunks c at context L. `run` (int64)
-    numbers the workers' data-parallel ranks, in order of appearance. Each row was timed by itself (`intervals=False`):
-    a sampled trace leaves out what came between.
-    """
-
-    seconds: FloatArray
-    decode_tokens: FloatArray
-    decode_context_tokens: FloatArray
-    prefill_requests: FloatArray
-    prefill_tokens: FloatArray
-    prefill_attention_tokens2: FloatArray
-    run: IntArray
 
 
 class _Scheduled(msgspec.Struct):
@@ -39,6 +22,7 @@ class _Metrics(msgspec.Struct):
     version: Literal[1]
     worker_id: str
     dp_rank: int
+    counter_id: int
     wall_time: float
     scheduled_requests: _Scheduled
 
@@ -52,21 +36,31 @@ class _Line(msgspec.Struct):
     event: _Event
 
 
-def read_forward_passes(path: Path) -> ForwardPasses:
+def read_forward_passes(path: Path) -> Iterations:
     """A `dynamo.fpm.trace.v1` file, JSON lines, plain or gzipped (docs.nvidia.com/dynamo, forward pass metrics traces).
 
-    Idle heartbeats (no wall time, or nothing scheduled) are left out. The format has sums over the prefills only: W
-    takes n of them, c tokens together at contexts of L together, as equal, c * (L + c/2) / n; exact for one prefill,
-    too low where chunk and context sizes differ and go together. Raises ValueError naming the file and the line.
+    A row of vLLM's workers has the time between two updates of the scheduler, the first after idling its own; so
+    `intervals` is set. TensorRT-LLM's send the pass's own time: use `dataclasses.replace(..., intervals=False)`. A run
+    is what one data-parallel rank of a worker counted without a gap. Idling (a heartbeat without wall time) ends it,
+    and so does what a sampled trace leaves out: there no late stamp can be mended, so record in full. Of a segment
+    that is still being written, the complete lines are read.
+
+    Of the prefills the format has sums, and the variance of whole prompts: W takes n of them, c tokens together at
+    contexts of L together, as equal, c * (L + c/2) / n; exact for one prefill, too low where chunk and context sizes
+    differ and go together. Raises ValueError naming the file and the line.
     """
-    runs: dict[tuple[str, int], int] = {}
-    rows = []
-    for line in decoded_lines(path, _Line):
+    newest: dict[tuple[str, int], tuple[int, int]] = {}  # of a rank: its last pass and that one's run
+    n_runs, rows = 0, []
+    for line in decoded_lines(path, _Line, may_be_cut_off=True):
         metrics = line.event.fpm
         batch = metrics.scheduled_requests
         if metrics.wall_time <= 0 or batch.num_decode_requests + batch.sum_prefill_tokens == 0:
             continue
-        run = runs.setdefault((metrics.worker_id, metrics.dp_rank), len(runs))
+        rank = (metrics.worker_id, metrics.dp_rank)
+        before, run = newest.get(rank, (None, 0))
+        if before is None or metrics.counter_id != before + 1:
+            run, n_runs = n_runs, n_runs + 1
+        newest[rank] = metrics.counter_id, run
         tokens, context = batch.sum_prefill_tokens, batch.sum_prefill_kv_tokens
         rows.append(
             (
@@ -81,7 +75,7 @@ def read_forward_passes(path: Path) -> ForwardPasses:
         )
     if not rows:
         raise ValueError(f"{path} holds no iteration: record with --fpm-trace and DYN_FPM_MODE=full while serving")
-    *floats, run_ids = zip(*rows, strict=True)
-    seconds, decodes, decode_context, prefills, prefill_tokens, attention = np.array(floats, dtype=np.float64)
-    numbers = np.array(run_ids, dtype=np.int64)
-    return ForwardPasses(seconds, decodes, decode_context, prefills, prefill_tokens, attention, numbers)
+    rows.sort(key=lambda row: row[-1])  # stable: the passes of a run come together, in their order
+    *floats, runs = zip(*rows, strict=True)
+    columns = dict(zip(("seconds", *COMPOSITION), np.array(floats, dtype=np.float64), strict=True))
+    return Iterations(**columns, run=np.array(runs))

@@ -36,9 +36,9 @@ class Iterations:
     """Iterations in order of time: float64 arrays of one length; the columns of `engine.protocol.BatchComposition`.
 
     `seconds` is how long each took, NaN where that is unknown. `run` (int64) tells recordings apart: rows of two runs
-    are no neighbours, and held-out errors leave out whole runs. `intervals` says that the seconds are differences of
-    completion stamps that may be late; False, that every row's time is its own (device events, or the intervals of an
-    engine that waits for each batch). Raises ValueError naming the row (counted from 0).
+    are no neighbours, and held-out errors leave out whole runs if there are enough. `intervals` says that the seconds
+    are differences of completion stamps that may be late; False, that every row's time is its own (device events, or
+    the intervals of an engine that waits for each batch). Raises ValueError naming the row (counted from 0).
     """
 
     seconds: FloatArray
@@ -106,10 +106,14 @@ class Iterations:
         """From a table with the composition's columns and `seconds`, such as `profiles.iterations` makes of a journal.
 
         `seconds` is "interval_s" (between two completions) or "device_s" (the device's own time). An interval is
-        unknown in the first row of a run, where it is null, and after idling: then no request was being served
-        before, so the row has no decode and all its chunks start their prompts (W <= tokens^2 / 2). Raises ValueError
+        unknown where it is null or 0 (two completions, one stamp), in the first row of a run, and after idling. Our own
+        tables, known by their column `iteration`, are null there. In another table, a row is taken for the first after
+        idling if no request was being served before: it has no decode, and all its chunks start their prompts
+        (W <= tokens^2 / 2). With prefix caching they do not start at 0: such a table needs its nulls. Raises ValueError
         naming a column that is missing.
         """
+        if not table.num_rows:
+            raise ValueError("no iteration in it: was anything served while it was recorded?")
         missing = [name for name in (seconds, *COMPOSITION) if name not in table.column_names]
         if missing:
             raise ValueError(f"no column {', '.join(missing)}; give a table of iterations (see profiles/iterations.py)")
@@ -120,18 +124,26 @@ class Iterations:
             engine_ids = table["engine_id"].to_numpy(zero_copy_only=False).astype(str)
             run = np.cumsum(np.r_[False, engine_ids[1:] != engine_ids[:-1]])
         if seconds != "device_s":
-            prefill, attention = columns["prefill_tokens"], columns["prefill_attention_tokens2"]
-            unknown = (columns["decode_tokens"] == 0) & (attention <= prefill**2 / 2)
-            unknown |= np.diff(run, prepend=-1) != 0
+            unknown = (took_s == 0) | (np.diff(run, prepend=-1) != 0)
+            if "iteration" not in table.column_names:
+                prefill, attention = columns["prefill_tokens"], columns["prefill_attention_tokens2"]
+                unknown |= (columns["decode_tokens"] == 0) & (attention <= prefill**2 / 2)
             took_s = np.where(unknown, np.nan, took_s)
         return cls(seconds=took_s, **columns, run=run, intervals=seconds != "device_s")
 
 
 def load_iterations(path: Path, seconds: str = "interval_s") -> Iterations:
-    """The iterations of a Parquet or CSV file (`.csv`, `.csv.gz`); see `Iterations.from_table`.
+    """The iterations of a Parquet or CSV file (`.csv`, `.csv.gz`), see `Iterations.from_table`, or of Dynamo's metrics
+    (`.jsonl`, `.jsonl.gz`), see `envs.forward_passes`; "interval_s" alone is in these.
 
     Raises ValueError naming the file.
     """
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        if seconds != "interval_s":
+            raise ValueError(f"{path} has no {seconds}: leave it out, these files give one time only")
+        from envs.forward_passes import read_forward_passes  # noqa: PLC0415  (it makes what is defined here)
+
+        return read_forward_passes(path)
     try:
         parquet = path.suffix == ".parquet"
         return Iterations.from_table(pa.parquet.read_table(path) if parquet else pa.csv.read_csv(path), seconds)

@@ -161,6 +161,7 @@ def _log(state: State) -> None:
     row = state.log[s.n_logged]
     row[0], row[1], row[2] = s.now_s, s.budget, s.chunk
     row[3], row[4], row[5] = s.decodes, s.prefill_tokens, s.tail - s.head
+    row[6], row[7], row[8] = s.decode_context, s.prefills, s.attention_tokens2
     s.n_logged += 1
 
 

@@ -64,7 +64,7 @@ class Simulation:
     """One run. `step` launches an iteration, `telemetry` tells of it; `run_*` go to the end.
 
     Raises ValueError if a request could never run on this plant. The same plant, workload, knobs and seed give the same
-    run, bit by bit; the noise of iteration i is the same under every law.
+    run, bit by bit, and iteration i draws the same quantile of the noise under every law.
     """
 
     def __init__(self, plant: Plant, workload: Workload, seed: int = 0, keep_log: bool = False) -> None:

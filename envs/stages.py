@@ -126,10 +126,10 @@ def launch(state: State, rules: Rules) -> None:
             state.requests.flying[planned_slots[row]] = 1
     s.iteration += 1
     flight.rows[ring], flight.iteration[ring], flight.scheduled_s[ring] = s.rows, s.iteration, s.now_s
-    expected_s = mean_s(state, rules)
+    expected_s, residuals = mean_s(state, rules), rules.residuals[int(s.prefill_tokens > 0)]
     handed_s = s.now_s
     for stage in range(n_stages):
-        busy_s = expected_s * _noise(s.seed, s.iteration * n_stages + stage, rules.residuals)
+        busy_s = expected_s * _noise(s.seed, s.iteration * n_stages + stage, residuals)
         start_s = max(handed_s, state.stage_free_s[stage])
         bubble_s = start_s - max(state.stage_free_s[stage], s.work_since_s)
         flight.busy_s[ring, stage], flight.bubble_s[ring, stage] = busy_s, bubble_s

@@ -14,7 +14,10 @@ from envs.trace import Workload
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-LOG_COLUMNS = ("time_s", "budget_tokens", "chunk_tokens", "decode_tokens", "prefill_tokens", "waiting_requests")
+LOG_COLUMNS = (
+    *("time_s", "budget_tokens", "chunk_tokens", "decode_tokens", "prefill_tokens", "waiting_requests"),
+    *("decode_context_tokens", "prefill_requests", "prefill_attention_tokens2"),
+)
 LOG_ROWS = 1 << 14
 
 
@@ -132,7 +135,7 @@ class Rules(NamedTuple):
     limits: Limits
     reserve_output: int  # 1: KV blocks of prompt + output are taken at admission
     coefficients: FloatArray  # of the step-time model
-    residuals: FloatArray  # equally likely factors around its mean
+    residuals: FloatArray  # [2, 256]: equally likely factors around its mean, decode-only and mixed
 
 
 def initial_state(workload: Workload, limits: Limits, kv_blocks: int, n_stages: int, seed: int) -> State:

@@ -5,11 +5,11 @@
 
 W is the sum of c (L + c/2) over the chunks c at context L. f, g and h are piecewise linear and never fall, so the mean
 never falls when a batch grows. Tokens may be padded to CUDA graph sizes and GEMM tiles: then f is a staircase. An
-iteration's time is the mean times a random factor of mean 1. `envs.step_time_fit` makes a model from measurements.
+iteration's time is the mean times a random factor of its regime, of mean 1. `envs.step_time_fit` fits it all.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -22,13 +22,15 @@ from numpy.typing import NDArray
 from engine.compiled import compiled
 
 FloatArray = NDArray[np.float64]
+BoolArray = NDArray[np.bool_]
 
 CURVES = ("tokens", "decodes", "decode_context_tokens", "prefill_requests", "prefill_attention_tokens2")
 DECODE_ONLY_CURVES = ("tokens", "decode_context_tokens")
 N_RESIDUALS = 256
+QUIET = (1.0,) * N_RESIDUALS
 LEAST_S = 1e-6
 _HEAD = 8
-VERSION = 1
+VERSION = 2
 
 
 class Curve(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -54,10 +56,11 @@ class Range(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Regime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Mean step time of decode-only or of mixed iterations: the sum of its parts.
+    """Decode-only or mixed iterations: their mean step time, the sum of its parts, and the noise around it.
 
     `tokens` are decode and prefill tokens together, padded up to the next of `padded_sizes`, and above the largest of
     them to a multiple of `tile_tokens`. `measured` is None for a formula, which knows no range.
+    `residuals` are 256 equally likely factors time / mean: ascending, of mean 1.
     """
 
     fixed_s: float
@@ -69,6 +72,7 @@ class Regime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     padded_sizes: tuple[float, ...] = ()
     tile_tokens: int = 1
     measured: Range | None = None
+    residuals: tuple[float, ...] = QUIET
 
     def __post_init__(self) -> None:
         if not (self.fixed_s >= 0 and self.tile_tokens >= 1 and list(self.padded_sizes) == sorted(self.padded_sizes)):
@@ -76,6 +80,9 @@ class Regime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 f"fixed_s {self.fixed_s}, tile_tokens {self.tile_tokens}, padded_sizes {self.padded_sizes}: give a "
                 "time of at least 0, a tile of at least 1 and ascending sizes"
             )
+        r = np.array(self.residuals)
+        if r.shape != (N_RESIDUALS,) or not (r > 0).all() or (np.diff(r) < 0).any() or abs(r.mean() - 1) > 1e-6:
+            raise ValueError(f"residuals must be {N_RESIDUALS} factors above 0, ascending, of mean 1: fit it again")
 
     def scaled(self, factor: float) -> "Regime":
         curves = {name: getattr(self, name) for name in CURVES}
@@ -96,19 +103,17 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mixed_at_least_decode_only: bool
     decode_only: Regime
     mixed: Regime
-    residuals: tuple[float, ...]
     held_out: dict[str, dict[str, float]] = {}
     provenance: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
-        if self.version != VERSION:
-            raise ValueError(f"step-time model of version {self.version}; this Pacer reads {VERSION}: fit it again")
         for name in set(CURVES) - set(DECODE_ONLY_CURVES):
             if getattr(self.decode_only, name) != Curve():
                 raise ValueError(f"a decode-only iteration has no {name} beside its tokens: leave that curve out")
-        r = np.array(self.residuals)
-        if r.shape != (N_RESIDUALS,) or not (r > 0).all() or (np.diff(r) < 0).any() or abs(r.mean() - 1) > 1e-6:
-            raise ValueError(f"residuals must be {N_RESIDUALS} factors above 0, ascending, of mean 1: fit it again")
+
+
+class _Versioned(msgspec.Struct):
+    version: int
 
 
 @compiled
@@ -175,8 +180,9 @@ def _packed(d: Description) -> FloatArray:
 class StepTimeModel:
     """Step time of one device, or of one pipeline stage if it was fitted to a stage's times.
 
-    `coefficients` is flat float64, for `mean_step_s` alone. `residuals`, float64 of shape [256], are equally likely
-    factors time / mean: ascending, of mean 1. Arguments named as in `mean_s` are those of one batch, W in tokens^2.
+    `coefficients` is flat float64, for `mean_step_s` alone. `residuals`, float64 of shape [2, 256], are equally likely
+    factors time / mean of decode-only (row 0) and of mixed iterations (row 1): ascending, of mean 1. Arguments named
+    as in `mean_s` are those of one batch, W in tokens^2.
     """
 
     description: Description
@@ -186,7 +192,7 @@ class StepTimeModel:
     def __post_init__(self) -> None:
         d = self.description
         object.__setattr__(self, "coefficients", _packed(d))
-        object.__setattr__(self, "residuals", np.array(d.residuals))
+        object.__setattr__(self, "residuals", np.array((d.decode_only.residuals, d.mixed.residuals)))
         self.coefficients.flags.writeable = self.residuals.flags.writeable = False
 
     def mean_s(
@@ -212,44 +218,43 @@ class StepTimeModel:
     ) -> float:
         """Seconds that an iteration stays within with probability `q`."""
         batch = (decodes, decode_context_tokens, prefill_requests, prefill_tokens, prefill_attention_tokens2)
-        return self.factor(q) * self.mean_s(*batch)
+        return self.factor(q, prefill_tokens > 0) * self.mean_s(*batch)
 
-    def factor(self, q: float) -> float:
-        """The `q` quantile of time / mean, linear between the residuals. Raises ValueError unless 0 <= q <= 1."""
+    def factor(self, q: float, mixed: bool) -> float:
+        """The `q` quantile of a regime's time / mean, linear between residuals. ValueError unless 0 <= q <= 1."""
         if not 0 <= q <= 1:
             raise ValueError(f"quantile {q} is not between 0 and 1: give a probability such as 0.99")
-        return float(np.quantile(self.residuals, q, method="hazen"))
+        return float(np.quantile(self.residuals[int(mixed)], q, method="hazen"))
 
-    def covers(
-        self,
-        decodes: float,
-        decode_context_tokens: float,
-        prefill_requests: float,
-        prefill_tokens: float,
-        prefill_attention_tokens2: float,
-    ) -> bool:
-        """Whether every quantity lies where the regime was measured; beyond, the mean extends the outermost lines."""
-        regime = self.description.mixed if prefill_tokens > 0 else self.description.decode_only
-        if regime.measured is None:
-            return True
-        batch = (decodes, decode_context_tokens, prefill_requests, prefill_tokens, prefill_attention_tokens2)
-        limits = msgspec.structs.astuple(regime.measured)
-        return all(low <= x <= high for x, (low, high) in zip(batch, limits, strict=True))
+    def covers(self, *batch: float) -> bool:
+        """Whether a batch (as of `mean_s`) lies where its regime was measured; beyond, the outermost lines go on."""
+        return bool(self.covered(np.array([batch]))[0])
+
+    def covered(self, batches: FloatArray) -> BoolArray:
+        """`covers` for every row of `batches`, float64 [n, 5]; bool [n]."""
+        inside, mixed = np.ones(len(batches), np.bool_), batches[:, 3] > 0
+        for regime, rows in ((self.description.decode_only, ~mixed), (self.description.mixed, mixed)):
+            if regime.measured is not None:
+                low, high = np.array(msgspec.structs.astuple(regime.measured)).T
+                inside[rows] = ((low <= batches[rows]) & (batches[rows] <= high)).all(axis=1)
+        return inside
 
     def with_noise(self, sigma: float) -> "StepTimeModel":
-        """With lognormal noise exp(sigma z - sigma^2/2) for the measured one; 0 is none."""
+        """With lognormal noise exp(sigma z - sigma^2/2) for the measured one, in both regimes; 0 is none."""
         if not sigma >= 0:
             raise ValueError(f"sigma is {sigma}; noise needs at least 0, such as 0.04 for 4 %")
         z = [NormalDist().inv_cdf((i + 0.5) / N_RESIDUALS) for i in range(N_RESIDUALS)]
         factors = np.exp(sigma * np.array(z))
         residuals = tuple((factors / factors.mean()).tolist())
-        return StepTimeModel(msgspec.structs.replace(self.description, residuals=residuals))
+        return self._with(lambda regime: msgspec.structs.replace(regime, residuals=residuals))
 
     def scaled(self, factor: float) -> "StepTimeModel":
         """All times times `factor`: a pipeline stage's share (1 / stages if layers are dealt evenly)."""
+        return self._with(lambda regime: regime.scaled(factor))
+
+    def _with(self, change: Callable[[Regime], Regime]) -> "StepTimeModel":
         d = self.description
-        regimes = {"decode_only": d.decode_only.scaled(factor), "mixed": d.mixed.scaled(factor)}
-        return StepTimeModel(msgspec.structs.replace(d, **regimes))
+        return StepTimeModel(msgspec.structs.replace(d, decode_only=change(d.decode_only), mixed=change(d.mixed)))
 
     def save(self, path: Path) -> None:
         """Write JSON, a line for each list of numbers."""
@@ -261,7 +266,11 @@ class StepTimeModel:
     def load(cls, path: Path) -> "StepTimeModel":
         """Read what `save` wrote. Raises ValueError naming the file."""
         try:
-            return cls(msgspec.json.decode(path.read_bytes(), type=Description))
+            data = path.read_bytes()
+            version = msgspec.json.decode(data, type=_Versioned).version
+            if version != VERSION:
+                raise ValueError(f"it is of version {version}, this Pacer reads {VERSION}: fit it again")
+            return cls(msgspec.json.decode(data, type=Description))
         except (ValueError, msgspec.MsgspecError) as error:
             raise ValueError(f"{path} holds no step-time model: {error}") from error
 
@@ -270,8 +279,10 @@ class StepTimeModel:
         """Straight lines, without noise and without a range.
 
         `decode_only` is (fixed, per decode, per context token), `mixed` (fixed, per token of any kind, per context
-        token of the decodes, per unit of W, per prefill request), all in seconds and at least 0.
+        token of the decodes, per unit of W, per prefill request), all in seconds and at least 0; ValueError otherwise.
         """
+        if (len(decode_only), len(mixed)) != (3, 5):
+            raise ValueError(f"{len(decode_only)} decode-only and {len(mixed)} mixed coefficients: give 3 and 5")
         fixed_s, decode_s, context_s = decode_only
         lines = [Curve(slopes_s=(slope_s,)) for slope_s in mixed[1:]]
         return cls(
@@ -282,6 +293,5 @@ class StepTimeModel:
                     fixed_s, Curve(slopes_s=(decode_s,)), decode_context_tokens=Curve(slopes_s=(context_s,))
                 ),
                 mixed=Regime(mixed[0], lines[0], Curve(), lines[1], lines[3], lines[2]),
-                residuals=(1.0,) * N_RESIDUALS,
             )
         )

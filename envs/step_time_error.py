@@ -36,11 +36,11 @@ def errors(model: StepTimeModel, iterations: Iterations) -> dict[str, dict[str, 
             report[name] |= _figures("sums_", sums_s[sums], joined.seconds[sums]) if sums.any() else {}
     ones = np.ones(int(known.sum()))
     weight = joined.rows[sums_known].astype(np.float64)
-    batches = zip(*(getattr(iterations, name)[known] for name in COMPOSITION), strict=True)
+    batches = np.stack([getattr(iterations, name)[known] for name in COMPOSITION], axis=1)
     report["all"] = {
         "count": float(known.sum()),
         "unknown_times": float((~known).sum()),
-        "covered": float(np.mean([model.covers(*batch) for batch in batches])),
+        "covered": float(model.covered(batches).mean()),
         "r2": _r2(predicted_s[known], iterations.seconds[known], ones),
         "r2_sums": _r2(sums_s[sums_known] / weight, joined.seconds[sums_known] / weight, weight),
     }

@@ -10,8 +10,9 @@ import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from scipy.optimize import nnls
 
@@ -30,6 +31,7 @@ LEAST_STRETCHES = 20
 HUBER = 1.345  # 95 % efficient if the noise is normal
 ARTEFACT_DEVIATIONS = 6.0
 REWEIGHTINGS = 40
+LEAST_FACTOR = 0.1  # of the mean: no iteration takes less, whatever two stamps say
 
 
 class Shape(NamedTuple):
@@ -89,32 +91,52 @@ class Part:
 def fit(iterations: Iterations, sources: Sequence[str] = ()) -> StepTimeModel:
     """The step-time model of these iterations; `sources` are names kept as its provenance.
 
-    Held-out errors leave out whole runs (a tenth of them at a time), or a tenth of the time if there is one run only.
+    Held-out errors leave out whole runs, a tenth of them at a time, or a tenth of the time if there are under ten runs.
     Of intervals, a sum beyond six robust standard deviations is taken for a stamp gone wrong and left out of the
-    residuals, on either side; device times all count. Raises ValueError if a regime has too few iterations.
+    residuals, on either side; device times all count. The residuals are those of single iterations, as far as sums tell
+    (`_with_residuals`). Raises ValueError if a regime has too few iterations.
     """
     joined = stretches(iterations)
     held_out = {}
     decode_only, held_out["decode_only"] = _fit_regime(iterations, joined, np.zeros(len(joined.rows)), mixed=False)
-    draft = Description(VERSION, True, decode_only, Regime(0.0), (1.0,) * N_RESIDUALS)
+    draft = Description(VERSION, True, decode_only, Regime(0.0))
     alone_s = np.where(iterations.mixed, 0.0, predict(StepTimeModel(draft), iterations))
     mixed, held_out["mixed"] = _fit_regime(iterations, joined, joined.sums(alone_s), mixed=True)
-    model = StepTimeModel(Description(VERSION, True, decode_only, mixed, (1.0,) * N_RESIDUALS))
-    ratio = joined.seconds / joined.sums(predict(model, iterations))
-    factors = []
-    for is_mixed in (False, True):
-        chosen = (joined.mixed == is_mixed) & np.isfinite(ratio)
-        chosen = _without_artefacts(ratio, chosen) if iterations.intervals else chosen
-        factors.append(_quantiles(ratio[chosen], joined.rows[chosen]))
-    residuals = np.sort(np.concatenate(factors)).reshape(-1, 2).mean(axis=1)  # both regimes weigh the same
+    predicted_s = predict(StepTimeModel(Description(VERSION, True, decode_only, mixed)), iterations)
+    decode_only, taken_alone = _with_residuals(decode_only, iterations, joined, predicted_s, mixed=False)
+    mixed, taken_mixed = _with_residuals(mixed, iterations, joined, predicted_s, mixed=True)
     provenance = {
         "sources": list(sources),
         "iterations": {"decode_only": int((~iterations.mixed).sum()), "mixed": int(iterations.mixed.sum())},
+        "residuals": {"decode_only": taken_alone, "mixed": taken_mixed},
         "seconds": "interval_s" if iterations.intervals else "device_s",
         "versions": {name: importlib.metadata.version(name) for name in ("pacer", "numpy", "scipy")},
     }
-    noise = tuple(np.round(residuals / residuals.mean(), 6).tolist())
-    return StepTimeModel(Description(VERSION, True, decode_only, mixed, noise, held_out, provenance))
+    return StepTimeModel(Description(VERSION, True, decode_only, mixed, held_out, provenance))
+
+
+def _with_residuals(
+    regime: Regime, iterations: Iterations, joined: Stretches, predicted_s: FloatArray, *, mixed: bool
+) -> tuple[Regime, dict[str, int]]:
+    """The regime with its noise, and how many stretches, with how many of its rows, that is of.
+
+    What the other rows should take is subtracted. Where stamps cannot be trusted one by one, the noise of the rows of a
+    stretch averages out, so the factors of long stretches are too small; those of short ones are too large, since their
+    own stamps are late or early. On recorded runs of an asynchronous engine, all stretches together come nearest to the
+    measured P99 of TBT. A recording with device times needs no such choice.
+    """
+    own = iterations.mixed == mixed
+    rows = joined.sums(own.astype(np.float64)).astype(np.int64)
+    total_s = joined.sums(predicted_s)
+    chosen = (joined.mixed == mixed) & np.isfinite(joined.seconds)
+    if iterations.intervals:
+        chosen = _without_artefacts(joined.seconds / total_s, chosen)
+    scale_s = joined.sums(np.where(own, predicted_s, 0.0))
+    ratio = 1 + (joined.seconds - total_s)[chosen] / scale_s[chosen]
+    factors = np.maximum(_quantiles(ratio, rows[chosen]), LEAST_FACTOR)
+    residuals = tuple(np.round(factors / factors.mean(), 6).tolist())
+    taken = {"stretches": int(chosen.sum()), "iterations": int(rows[chosen].sum())}
+    return msgspec.structs.replace(regime, residuals=residuals), taken
 
 
 def _fit_regime(
@@ -128,7 +150,8 @@ def _fit_regime(
     ratio = (part.seconds + part.around_s) / (features @ coefficients + part.around_s)
     kept = _without_artefacts(ratio, np.isfinite(ratio)) if iterations.intervals else np.isfinite(ratio)
     coefficients = coefficients * _quantiles(ratio[kept], part.rows[kept]).mean()
-    curves, at = {}, 1
+    curves: dict[str, Any] = {}
+    at = 1
     for name, knots in part.knots.items():
         curves[name] = Curve((0.0, *knots), tuple(coefficients[at : at + len(knots) + 1].tolist()))
         at += len(knots) + 1
@@ -154,9 +177,11 @@ def _part(iterations: Iterations, joined: Stretches, around_s: FloatArray, *, mi
     row = stretch[joined.of_row] & (iterations.mixed == mixed)
     name = "mixed" if mixed else "decode-only"
     if stretch.sum() < LEAST_STRETCHES:
+        untimed = int((np.isnan(iterations.seconds) & (iterations.mixed == mixed)).sum())
+        more = f"; {untimed} more have no interval: load_iterations(PATH, 'device_s') reads the device's own times"
         raise ValueError(
             f"{stretch.sum()} stretches of {name} iterations; a fit needs {LEAST_STRETCHES}: record for longer, under "
-            "a load that now and then has prompts waiting and now and then has none"
+            "a load that now and then has prompts waiting and now and then has none" + more * (untimed > 0)
         )
     chosen = iterations.rows(row)
     quantities = {"tokens": chosen.decode_tokens + chosen.prefill_tokens}
@@ -173,7 +198,7 @@ def _part(iterations: Iterations, joined: Stretches, around_s: FloatArray, *, mi
     first_row = np.flatnonzero(np.diff(joined.of_row[row], prepend=-1))
     run = chosen.runs[first_row]
     numbers = np.unique(run, return_inverse=True)[1]
-    fold = numbers % FOLDS if numbers.max() > 0 else np.arange(len(run)) * FOLDS // len(run)
+    fold = numbers % FOLDS if numbers.max() + 1 >= FOLDS else np.arange(len(run)) * FOLDS // len(run)
     seconds = joined.seconds[stretch] - around_s[stretch]
     return Part(quantities, knots, first_row, seconds, around_s[stretch], joined.rows[stretch], fold)
 

@@ -9,7 +9,7 @@ from numpy.random import Generator
 from envs.arrivals import ARRIVALS_HELP, day_arrivals, gamma_arrivals, generated_arrivals, named_number, phase_arrivals
 from envs.lengths import LENGTHS_HELP, draw_lengths, length_sampler, recorded
 from envs.presets import PRESETS
-from envs.trace_readers import READERS, read_csv, read_trace
+from envs.trace_readers import READERS, read_csv
 from envs.workload import Lengths, Workload, write_csv
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "make_workload",
     "phase_arrivals",
     "read_csv",
-    "read_trace",
     "write_csv",
 ]
 
@@ -43,6 +42,8 @@ def make_workload(
     """
     if n_requests is not None and n_requests < 1:
         raise ValueError(f"n_requests is {n_requests}; it must be at least 1")
+    if max_model_tokens is not None and max_model_tokens < 2:
+        raise ValueError(f"max_model_tokens is {max_model_tokens}; it must leave room for a prompt and an output")
     kind, _, options = arrivals.partition(":")
     if kind == "trace":
         scale = named_number(options, "scale") if options else 1.0
@@ -52,7 +53,7 @@ def make_workload(
         arrivals = _own_arrivals(lengths, scale)
     arrival_s = generated_arrivals(arrivals, n_requests, rng)
     drawn, rejected = draw_lengths(length_sampler(lengths), arrival_s, rng, max_model_tokens)
-    return Workload(arrival_s, drawn.prompt_tokens, drawn.output_tokens, rejected, drawn.dropped_requests)
+    return Workload(arrival_s, drawn.prompt_tokens, drawn.output_tokens, rejected)
 
 
 def _replayed(lengths: str) -> Workload:

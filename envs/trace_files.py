@@ -1,10 +1,11 @@
 """Trace files as bytes: plain or gzipped, CSV columns and JSON lines, and errors that name the line."""
 
+import codecs
 import gzip
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn, TypeVar, cast
@@ -20,25 +21,39 @@ T = TypeVar("T")
 
 @contextmanager
 def open_trace(path: Path) -> Iterator[BinaryIO]:
-    """The file's bytes, unzipped if it is a gzip file whatever its name. Raises ValueError if that is damaged."""
-    with path.open("rb") as stream:
-        zipped = stream.read(2) == b"\x1f\x8b"
-        stream.seek(0)
+    """The file's bytes after a byte order mark, unzipped if it is a gzip file whatever its name.
+
+    Raises ValueError if that is damaged.
+    """
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if zipped else file
         try:
-            yield cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if zipped else stream
+            if stream.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                stream.seek(0)
+            yield stream
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path} is cut off or damaged: {error}") from error
 
 
-def decoded_lines(path: Path, kind: type[T]) -> Iterator[T]:
-    """Every JSON line as `kind`; empty lines are passed over."""
+def decoded_lines(path: Path, kind: type[T], may_be_cut_off: bool = False) -> Iterator[T]:
+    """Every JSON line as `kind`; empty lines are passed over, and the last one of a file that may be cut off."""
     decoder = msgspec.json.Decoder(kind)
     with open_trace(path) as stream:
-        for row, line in enumerate(line for line in stream if line.strip()):
+        for row, line in enumerate(line for line in _lines(stream, may_be_cut_off) if line.strip()):
             try:
                 yield decoder.decode(line)
             except (msgspec.DecodeError, UnicodeDecodeError) as error:
                 refuse_row(path, row, str(error), error)
+
+
+def _lines(stream: BinaryIO, may_be_cut_off: bool) -> Iterator[bytes]:
+    if not may_be_cut_off:
+        yield from stream
+        return
+    with suppress(EOFError):  # of a gzip file that is still being written
+        yield from (line for line in stream if line.endswith(b"\n"))
 
 
 def read_columns(
@@ -50,12 +65,13 @@ def read_columns(
     With `may_be_empty` an empty time is NaN, otherwise an error.
     """
     with open_trace(path) as stream:
-        header, first = (line.decode(errors="replace").strip() for line in (stream.readline(), stream.readline()))
-    if not set(names) <= set(header.removeprefix("\ufeff").split(",")):
+        header = stream.readline().decode(errors="replace").strip()
+        first = next((line for line in stream if line.strip()), b"").decode(errors="replace")
+    if not set(names) <= {name.strip('"') for name in header.split(",")}:
         raise ValueError(f"{path}: the first line is {header[:80]!r}; it must have the columns {','.join(names)!r}")
     if pa.types.is_timestamp(time) and re.search(r":\d\d(\.\d+)?(Z|[+-]\d\d:?\d\d)", first):
         time = pa.timestamp("ns", tz="UTC")
-    types = dict(zip(names, (time, pa.int64(), pa.int64()), strict=True))
+    types = dict(zip(names, (time, pa.float64(), pa.float64()), strict=True))  # tokens may be written as 472.0
     options = csv.ConvertOptions(column_types=types, include_columns=names, null_values=[""], strings_can_be_null=True)
     try:
         with open_trace(path) as stream:
@@ -68,10 +84,12 @@ def read_columns(
     for name in names[may_be_empty:]:
         for row in np.flatnonzero(table[name].is_null().to_numpy())[:1]:
             refuse_row(path, int(row) + 1, f"{name} is empty")
-    times, prompts, outputs = (table[name] for name in names)
-    if pa.types.is_timestamp(time):
-        times = times.cast(pa.int64())
-    return times.to_numpy(), prompts.to_numpy(), outputs.to_numpy()
+    prompts, outputs = (table[name].to_numpy() for name in names[1:])
+    for row in np.flatnonzero((prompts % 1 != 0) | (outputs % 1 != 0))[:1]:
+        refuse_row(path, int(row) + 1, "tokens that are no whole number")
+    times = table[names[0]]
+    times = times.cast(pa.int64()) if pa.types.is_timestamp(time) else times
+    return times.to_numpy(), prompts.astype(np.int64), outputs.astype(np.int64)
 
 
 def refuse_row(path: Path, row: int, reason: str, cause: Exception | None = None) -> NoReturn:

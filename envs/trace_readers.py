@@ -5,8 +5,10 @@ without prompt or output tokens are failures in the public recordings: they are 
 `dropped_requests`. Rows are put in order of arrival; times count from the first.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -22,7 +24,6 @@ BURSTGPT_COLUMNS = ("Timestamp", "Request tokens", "Response tokens")
 CHARACTERS_PER_TOKEN = 4
 """Without a tokenizer: OpenAI's rule of thumb for English text, one token for about four characters."""
 
-SNIFFED_BYTES = 4096
 MIN_SHAREGPT_TOKENS = 4
 MAX_SHAREGPT_PROMPT_TOKENS = 1024
 MAX_SHAREGPT_TOTAL_TOKENS = 2048
@@ -35,7 +36,7 @@ class _MooncakeRequest(msgspec.Struct):
 
 
 class _Turn(msgspec.Struct):
-    value: str
+    value: Any = None  # what is wrong with a later turn does not matter
 
 
 class _Conversation(msgspec.Struct):
@@ -45,16 +46,20 @@ class _Conversation(msgspec.Struct):
 def read_csv(path: Path) -> Workload | Lengths:
     """Pacer's own CSV file, `arrival_s,prompt_tokens,output_tokens`; `Lengths` if every arrival is empty.
 
-    Nothing is dropped or put in order here: a row that is not a request, or comes too early, is an error.
+    Nothing is dropped here: a row that is no request is an error. The rows may be in any order of arrival.
     """
     arrival_s, prompts, outputs = read_columns(path, CSV_HEADER, pa.float64(), may_be_empty=True)
     missing = np.flatnonzero(np.isnan(arrival_s))
     if 0 < len(missing) < len(arrival_s):
         raise ValueError(f"{path}: data row {missing[0]} has no arrival_s; give it to all rows, or to none")
+    for row in np.flatnonzero((arrival_s < 0) | np.isinf(arrival_s))[:1]:
+        refuse_row(path, int(row) + 1, "arrival_s must be a finite number, 0 or more")
     try:
-        return Lengths(prompts, outputs) if len(missing) else Workload(arrival_s, prompts, outputs)
+        lengths = Lengths(prompts, outputs)
     except ValueError as error:
         raise ValueError(f"{path}, data {error}") from error
+    order = np.argsort(arrival_s, kind="stable")
+    return lengths if len(missing) else Workload(arrival_s[order], prompts[order], outputs[order])
 
 
 def read_azure(path: Path) -> Workload:
@@ -90,28 +95,41 @@ def read_sharegpt(path: Path, count_tokens: Callable[[str], int] | None = None) 
     """ShareGPT's JSON, [{"conversations": [{"value": ...}, ...]}, ...], as vLLM's benchmark reads it.
 
     The first turn is the prompt, the second the output. Conversations of fewer turns are passed over; pairs under 4
-    tokens on a side, over 1024 in the prompt, or over 2048 together are left out, and counted in `dropped_requests`.
-    Without `count_tokens`, four characters count as a token.
+    tokens on a side, over 1024 in the prompt, or over 2048 together are left out, and so are entries that cannot be
+    read: `dropped_requests` counts both. Without `count_tokens`, four characters count as a token.
     """
     count = count_tokens or _about_tokens
     with open_trace(path) as stream:
         try:
-            entries = msgspec.json.decode(stream.read(), type=list[_Conversation])
-        except msgspec.DecodeError as error:
-            raise ValueError(f"{path}: cannot read it as ShareGPT conversations ({error}; $[n] is entry n)") from error
-    turns = [entry.conversations[:2] for entry in entries if len(entry.conversations) >= 2]
-    pairs = np.array([[count(turn.value) for turn in pair] for pair in turns], dtype=np.int64).reshape(-1, 2)
+            # Not msgspec: that stops at half a surrogate pair, and people do cut emojis in two.
+            entries = json.loads(stream.read().decode(errors="replace"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: cannot read it as ShareGPT's conversations ({error})") from error
+    if not isinstance(entries, list):
+        raise ValueError(f'{path} is no list of ShareGPT conversations: [{{"conversations": [...]}}, ...]')
+    conversations = [_first_texts(entry) for entry in entries]
+    turns = [texts for texts in conversations if texts is not None and len(texts) == 2]
+    pairs = np.array([[count(text) for text in texts] for texts in turns], dtype=np.int64).reshape(-1, 2)
     kept = (pairs >= MIN_SHAREGPT_TOKENS).all(axis=1) & (pairs[:, 0] <= MAX_SHAREGPT_PROMPT_TOKENS)
     kept &= pairs.sum(axis=1) <= MAX_SHAREGPT_TOTAL_TOKENS
     if not kept.any():
-        raise ValueError(f"{path}: none of {len(entries)} entries has two turns of usable length")
-    return Lengths(pairs[kept, 0], pairs[kept, 1], int((~kept).sum()))
+        raise ValueError(f"{path}: none of {len(entries)} entries is a conversation with two turns of usable length")
+    return Lengths(pairs[kept, 0], pairs[kept, 1], int((~kept).sum()) + conversations.count(None))
+
+
+def _first_texts(entry: Any) -> list[str] | None:
+    """What the first two turns say, or the only one; None if the entry or one of them is nothing of the kind."""
+    try:
+        texts = [turn.value for turn in msgspec.convert(entry, _Conversation).conversations[:2]]
+    except msgspec.ValidationError:
+        return None
+    return texts if all(isinstance(text, str) for text in texts) else None
 
 
 def tokenizer_count(folder: Path) -> Callable[[str], int]:
     """Counts a text's tokens, special ones included, with the tokenizer of a Hugging Face folder."""
     tokenizer = load_tokenizer(folder)
-    return lambda text: len(tokenizer(text).input_ids)
+    return lambda text: len(tokenizer(text.encode(errors="replace").decode()).input_ids)
 
 
 READERS: dict[str, Callable[[Path], Workload | Lengths]] = {
@@ -125,30 +143,12 @@ READERS: dict[str, Callable[[Path], Workload | Lengths]] = {
 
 def read_named(kind: str, options: str) -> Workload | Lengths:
     """The file that `KIND:PATH` names, KIND one of `READERS`; "sharegpt" takes `PATH,tokenizer=FOLDER` as well."""
+    if not options:
+        raise ValueError(f"{kind!r} names no file: write {kind}:PATH")
     path, _, folder = options.partition(",tokenizer=")
     if kind == "sharegpt" and folder:
         return read_sharegpt(Path(path), tokenizer_count(Path(folder)))
     return READERS[kind](Path(options))
-
-
-def read_trace(path: Path) -> Workload | Lengths:
-    """Reads requests in any format of `READERS`, told apart by the header or the first object of the content."""
-    with open_trace(path) as stream:
-        start = stream.read(SNIFFED_BYTES).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if start.startswith(b"["):
-        return read_sharegpt(path)
-    if start.startswith(b"{"):
-        keys = set(next(decoded_lines(path, dict[str, msgspec.Raw])))
-        if {"timestamp", "input_length", "output_length"} <= keys:
-            return read_mooncake(path)
-        if "event" in keys:
-            raise ValueError(f"{path} holds iterations, not requests: read it with read_forward_passes")
-        raise ValueError(f"{path}: a JSON object with {', '.join(sorted(keys)) or 'nothing'} is no known request")
-    header = start.split(b"\n")[0].decode(errors="replace").strip()
-    for columns, reader in ((CSV_HEADER, read_csv), (AZURE_COLUMNS, read_azure), (BURSTGPT_COLUMNS, read_burstgpt)):
-        if set(columns) <= set(header.split(",")):
-            return reader(path)
-    raise ValueError(f"{path} starts with {header[:80]!r}: no trace format of {', '.join(READERS)} does")
 
 
 def _in_order(path: Path, arrival_s: FloatArray, prompts: IntArray, outputs: IntArray, header_rows: int) -> Workload:

@@ -38,7 +38,8 @@ class Workload:
 
     `arrival_s` is float64 seconds from the start of the replay, not decreasing; the token counts are int64, at least 1.
     `rejected_requests` counts what was left out as too long while the workload was made, `dropped_requests` the rows
-    of its file that name no usable request (recorded as failed). Raises ValueError naming the row (counted from 0).
+    of a replayed file that name no usable request (recorded as failed). Raises ValueError naming the row (counted from
+    0).
     """
 
     arrival_s: FloatArray

@@ -25,7 +25,7 @@ class Predictive:
         self._tbt_slo_s = tbt_slo_s
         self._step_time = step_time
         self._quantile = quantile
-        self._factor = step_time.factor(quantile)
+        self._factors = step_time.factor(quantile, False), step_time.factor(quantile, True)
 
     def decide(self, telemetry: Telemetry) -> Decision:
         if any(len(completion.stages) > 1 for completion in telemetry.completed):
@@ -53,4 +53,4 @@ class Predictive:
         tokens = max(budget - outlook.decodes, 0)
         requests, attention = outlook.prefill(tokens)
         mean_s = self._step_time.mean_s(outlook.decodes, outlook.decode_context_tokens, requests, tokens, attention)
-        return self._factor * mean_s
+        return self._factors[tokens > 0] * mean_s

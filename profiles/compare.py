@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from envs.iterations import COMPOSITION
 from envs.outcome import Outcome
 from envs.simulator import Plant
 from envs.slo import Slo
@@ -32,6 +33,7 @@ GRID = (256, 384, 512, 768, 1024, 1280, 1536, 2048, 3072, 8192)
 SHARES = (0.5, 0.8, 0.95, 1.1)  # of the best static's capacity: below, near and past saturation
 GRACE_S = 60.0
 BUDGET_POINTS = 600
+COMPOSED = [LOG_COLUMNS.index(name) for name in COMPOSITION]
 UNFINISHED = "unfinished.jsonl"
 TABLE_WIDTH = 140
 
@@ -89,11 +91,13 @@ class Job(NamedTuple):
         assert self.rate is not None
         arrival_s = at_rate(trial.workload, self.rate).arrival_s
         end_s = float(arrival_s[-1]) + GRACE_S
-        outcome = trial.simulate(self.rate, end_s, self.keep_budget)
+        outcome = trial.simulate(self.rate, end_s, keep_log=True)
         ttft_s = np.where(np.isnan(outcome.ttft_s), end_s - arrival_s, outcome.ttft_s)
         figures = figures_of(outcome, ttft_s, trial.slo)
         counts = histogram(outcome.tbt_s), histogram(ttft_s)
-        return Run(trial.policy, trial.seed, self.rate, figures, *counts, _budget(outcome))
+        budget = _budget(outcome) if self.keep_budget else ([], [])
+        outside = int((~trial.plant.step_time.covered(outcome.log[:, COMPOSED])).sum())
+        return Run(trial.policy, trial.seed, self.rate, figures, *counts, budget, len(outcome.log), outside)
 
     def key(self) -> str:
         """Equal for equal jobs alone: the plant, the requests and the promise are in it."""
@@ -151,6 +155,8 @@ def run_compare(question: Question, out: Path, processes: int | None = None) -> 
 def present(comparison: Comparison, out: Path) -> None:
     console = Console(width=max(Console().width, TABLE_WIDTH))  # figures cut short would be worse than broken lines
     console.print(screen_table(comparison))
+    if comparison.beyond_profile:
+        console.print(comparison.beyond_profile, soft_wrap=True)
     comparison.write_json(out / "comparison.json")
     write_report(comparison, out / "report.html")
     console.print(
@@ -201,7 +207,7 @@ def _rates(capacity: float) -> tuple[float, ...]:
 
 
 def _budget(outcome: Outcome) -> tuple[list[float], list[float]]:
-    """Time and budget of some iterations, evenly spread over them; empty if no log was kept."""
+    """Time and budget of some iterations, evenly spread over them."""
     log = outcome.log[:: max(1, -(-len(outcome.log) // BUDGET_POINTS))]
     time_s, budget = (log[:, LOG_COLUMNS.index(name)] for name in ("time_s", "budget_tokens"))
     return time_s.round(3).tolist(), budget.tolist()

@@ -102,10 +102,11 @@ def read_iterations(journal: Path) -> pa.Table:
     if not parts:
         raise ValueError(f"{journal} holds no journal: give the folder that --journal named")
     joined = IterationRows()
-    rows = [row for part in parts for row in _rows_of(part, joined)]
-    if not rows:
+    # Part by part: rows as dictionaries take many times the memory of their table.
+    table = pa.concat_tables(pa.Table.from_pylist(_rows_of(part, joined), schema=SCHEMA) for part in parts)
+    if not table.num_rows:
         raise ValueError(f"{journal} holds no completed iteration: nothing was served while it was kept")
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    return table
 
 
 def _rows_of(part: Path, joined: IterationRows) -> list[dict[str, Any]]:

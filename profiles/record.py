@@ -6,9 +6,10 @@ from the first message heard. The folder then holds
     requests.csv          arrival_s,prompt_tokens,output_tokens of the requests that came and ended meanwhile
     iterations.parquet/   a Parquet data set of part files, columns as in `profiles.iterations`
 
-A recording that was killed has its requests in parts, too, in the order of their ends: requests.parquet/.
+The requests are in order of arrival; where the recording was killed, in that of their ends, which serves as well.
 """
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,11 +30,10 @@ from envs.workload import CSV_HEADER
 from profiles.iterations import SCHEMA, IterationRows
 
 TICK_S = 0.5  # how often signals are looked after when no telemetry comes
-SILENCE_S = 60.0  # an idle engine speaks several times within its time to live: this one is gone
+SILENCE_S = 60.0  # an idle engine speaks several times within that: this one is gone
 ROWS_A_PART = 5000
 PART_NS = 60_000_000_000
-
-REQUESTS = pa.schema(list(zip(CSV_HEADER, (pa.float64(), pa.int64(), pa.int64()), strict=True)))
+HEADER = f"{','.join(CSV_HEADER)}\n"
 
 
 class Recording:
@@ -43,7 +43,7 @@ class Recording:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises ValueError if the folder holds a recording already."""
+        """Make the folder. Raises ValueError if that cannot be, or if it holds a recording already."""
         self.engine_id = ""
         self.iterations = self.requests = 0
         self.missing_iterations = 0  # launched and completed, but this side did not follow
@@ -58,14 +58,23 @@ class Recording:
         self._streaming: set[int] = set()  # slots of the requests that have a first token and no end
         self._parts = 0
         self._newest_row = 0
-        taken = [path for path in (self._requests, self._iterations, folder / "requests.csv") if path.exists()]
-        if taken:
-            raise ValueError(f"{taken[0]} belongs to an earlier recording: choose another --out")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot record to the folder {folder} ({error}): choose another --out") from error
+        for path in (self._requests, self._iterations):
+            if path.exists():
+                raise ValueError(f"{path} belongs to an earlier recording: choose another --out")
 
     @property
     def seconds(self) -> float:
         """From the first message to the last."""
         return (self._last_ns - self._start_ns) * 1e-9
+
+    @property
+    def unwritten_rows(self) -> int:
+        """Requests and iterations that are in memory alone."""
+        return len(self._request_rows) + len(self._iteration_rows)
 
     def take(self, telemetry: Telemetry) -> None:
         if not self.engine_id:
@@ -84,20 +93,19 @@ class Recording:
             self._flush()
 
     def close(self) -> None:
-        """Write what is left, and all requests by arrival."""
+        """Write what is left, and put the requests in order of arrival."""
         self._flush()
         if self._requests.exists():
-            table = pq.read_table(self._requests).sort_by(CSV_HEADER[0])
-            with (self._folder / "requests.csv").open("wb") as file:
-                file.write(f"{','.join(CSV_HEADER)}\n".encode())
+            table = csv.read_csv(self._requests).sort_by(CSV_HEADER[0])
+            partial = self._folder / ".requests.partial"
+            with partial.open("wb") as file:
+                file.write(HEADER.encode())
                 csv.write_csv(table, file, csv.WriteOptions(include_header=False))
-            for part in self._requests.iterdir():
-                part.unlink()
-            self._requests.rmdir()
+            partial.rename(self._requests)
 
     @property
     def _requests(self) -> Path:
-        return self._folder / "requests.parquet"
+        return self._folder / "requests.csv"
 
     @property
     def _iterations(self) -> Path:
@@ -122,28 +130,41 @@ class Recording:
             self._streaming.clear()
 
     def _flush(self) -> None:
-        columns = list(zip(*self._request_rows, strict=True)) or [()] * len(REQUESTS)
-        self._write(self._requests, pa.table(columns, schema=REQUESTS))
-        self._write(self._iterations, pa.Table.from_pylist(self._iteration_rows, schema=SCHEMA))
-        self._request_rows.clear()
-        self._iteration_rows.clear()
+        if self._request_rows:
+            _append(self._requests, self._request_rows)
+            self._request_rows.clear()
+        if self._iteration_rows:
+            self._iterations.mkdir(exist_ok=True)
+            part = self._iterations / f"part-{self._parts:05d}.parquet"
+            partial = part.with_name(f".{part.stem}.partial")  # a part is complete when it appears
+            pq.write_table(pa.Table.from_pylist(self._iteration_rows, schema=SCHEMA), partial)
+            partial.rename(part)
+            self._iteration_rows.clear()
+            self._parts += 1
         self._flushed_ns = self._last_ns
-        self._parts += 1
-
-    def _write(self, data_set: Path, table: pa.Table) -> None:
-        """A part is complete when it appears."""
-        if not table.num_rows:
-            return
-        data_set.mkdir(parents=True, exist_ok=True)
-        partial = data_set / f".part-{self._parts:05d}.partial"
-        pq.write_table(table, partial)
-        partial.rename(data_set / f"part-{self._parts:05d}.parquet")
 
 
-def run_record(engine: Endpoints, out: Path, duration_s: float | None, keys: CurveKeys | None) -> int:
+def _append(path: Path, rows: list[tuple[float, int, int]]) -> None:
+    """All rows or none: one cut off by a full disk would spoil the file."""
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(("" if size else HEADER) + "".join(f"{a},{p},{o}\n" for a, p, o in rows))
+    except OSError:
+        if size:
+            os.truncate(path, size)
+        else:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def run_record(
+    engine: Endpoints, out: Path, duration_s: float | None, keys: CurveKeys | None, clock: Callable[[], int]
+) -> int:
     """Record until SIGINT, SIGTERM, or `duration_s` after the first message; returns the exit status.
 
-    Raises ConnectionError when the engine falls silent or starts anew; what came before is stored then, too.
+    `clock` is monotonic, in ns. Raises ConnectionError when the engine speaks another version of the protocol, falls
+    silent or starts anew; what came before is stored then, too. For the first message it waits without limit.
     """
     if duration_s is not None and not duration_s > 0:
         raise ValueError(f"--duration is {duration_s}; give seconds above 0, or leave it out and end with Ctrl-C")
@@ -154,11 +175,13 @@ def run_record(engine: Endpoints, out: Path, duration_s: float | None, keys: Cur
     link = ControllerLink(zmq.Context(), [engine], keys)
     try:
         with _progress(duration_s) as show:
-            _listen(link, recording, duration_s or float("inf"), stopping, show)
+            _listen(link, recording, duration_s or float("inf"), stopping, show, clock)
     finally:
         link.close()
-        recording.close()
-        print(_summary(recording, out))
+        try:
+            recording.close()
+        finally:
+            print(_summary(recording, out))
     return 0
 
 
@@ -168,12 +191,12 @@ def _listen(
     duration_s: float,
     stopping: list[bool],
     show: Callable[[Recording], None],
+    clock: Callable[[], int],
 ) -> None:
-    silent_s = 0.0
+    heard_ns, rejected = clock(), 0
     while not stopping:
-        silent_s += TICK_S
         for telemetry in link.receive(TICK_S):
-            silent_s = 0.0
+            heard_ns, rejected = clock(), link.rejected
             if recording.engine_id not in ("", telemetry.engine_id):
                 raise ConnectionError(
                     f"the engine started anew ({recording.engine_id!r}, then {telemetry.engine_id!r}) and a recording "
@@ -183,10 +206,12 @@ def _listen(
             show(recording)
             if stopping or recording.seconds >= duration_s:
                 return
-        if silent_s >= SILENCE_S:
-            raise ConnectionError(
-                f"no telemetry for {SILENCE_S:.0f} s: is the engine running, under this --engine and --socket-dir?"
-            )
+        silent, strange = clock() - heard_ns >= SILENCE_S * 1e9, link.rejected - rejected
+        if strange and (silent or not recording.engine_id):
+            messages = _count(strange, "message")
+            raise ConnectionError(f"{messages} of another protocol: run the engine's version of Pacer")
+        if silent and recording.engine_id:  # before the first message it may be loading, for as long as that takes
+            raise ConnectionError(f"no telemetry for {SILENCE_S:.0f} s: the engine has ended, or cannot be reached")
 
 
 @contextmanager
@@ -209,16 +234,22 @@ def _summary(recording: Recording, out: Path) -> str:
     missing = recording.missing_iterations
     lines = [
         f"{recording.seconds:.1f} s of {recording.engine_id} in {out}: "
-        f"{recording.requests} requests, {recording.iterations} iterations"
+        f"{_count(recording.requests, 'request')}, {_count(recording.iterations, 'iteration')}"
     ]
     for count, what in (
-        (recording.open_requests, "requests were still open at the end"),
-        (recording.early_requests, "requests had come before the recording began"),
+        (recording.open_requests, "still open at the end"),
+        (recording.early_requests, "from before the recording began"),
         # Where ends were not heard, a slot that is used again proves nothing.
-        (0 if missing else recording.aborted_requests, "requests, at least, were aborted"),
+        (0 if missing else recording.aborted_requests, "aborted (at least)"),
     ):
         if count:
-            lines.append(f"{count} {what}: not in requests.csv")
+            lines.append(f"{_count(count, 'request')} {what}: not in requests.csv")
     if missing:
-        lines.append(f"{missing} iterations are missing, with the ends of their requests: this process did not follow")
+        lines.append(f"{_count(missing, 'iteration')} missing, with the ends of requests: this process did not follow")
+    if recording.unwritten_rows:
+        lines.append(f"{_count(recording.unwritten_rows, 'row')} of these could not be written")
     return "\n".join(lines)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"

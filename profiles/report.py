@@ -48,6 +48,7 @@ pre {{ background: #f5f5f5; padding: 12px; overflow-x: auto; font-size: 12px; }}
 <p>The promise: {slo} (ms). Means over {seeds} seed(s), ± half the 95 % interval (Student t). P99 TBT above the promise
 is red. A click on a legend entry hides its policy, a double click shows it alone.</p>
 {table}
+{beyond}
 {sections}
 <h2>Provenance</h2><pre>{provenance}</pre>
 </body></html>
@@ -80,6 +81,7 @@ def write_report(comparison: Comparison, path: Path) -> None:
         slo=html.escape(comparison.slo),
         seeds=len({run.seed for run in comparison.runs}),
         table=_table(comparison),
+        beyond=f"<p>{html.escape(comparison.beyond_profile)}</p>" if comparison.beyond_profile else "",
         sections="\n".join(parts),
         provenance=html.escape(json.dumps(comparison.provenance, indent=1)),
     )

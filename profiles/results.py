@@ -34,7 +34,7 @@ class Run(msgspec.Struct, frozen=True):
     """One policy at one rate with the requests of one seed.
 
     `tbt_counts` and `ttft_counts` are histograms over `BINS`; `budget` is time in s and budget in tokens of some
-    iterations, if they were kept.
+    iterations, if they were kept. Of the simulated `iterations`, so many were `outside` of the step-time model's range.
     """
 
     policy: str
@@ -44,6 +44,8 @@ class Run(msgspec.Struct, frozen=True):
     tbt_counts: list[int] = []
     ttft_counts: list[int] = []
     budget: tuple[list[float], list[float]] = ([], [])
+    iterations: int = 0
+    outside: int = 0
 
 
 class Row(NamedTuple):
@@ -93,6 +95,18 @@ class Comparison(msgspec.Struct, frozen=True):
     def mean(self, policy: str, rate: float, figure: str) -> float:
         return float(np.mean([run.figures[figure] for run in self.of(policy, rate)]))
 
+    @property
+    def beyond_profile(self) -> str:
+        """How far not to trust the step-time profile: nothing, if it was measured on all that was simulated."""
+        shares = {policy: _share_outside(self.runs, policy) for policy in self.capacities}
+        if not any(shares.values()):
+            return ""
+        worst = max(shares, key=lambda policy: shares[policy])
+        return (
+            f"{_share_outside(self.runs):.1%} of the simulated iterations ({shares[worst]:.1%} under {worst}) lie "
+            "outside what the step-time profile was measured on (see `measured` in it): record under such a load"
+        )
+
     def rows(self) -> Iterator[Row]:
         for rate in self.rates:
             for contender in self.contenders:
@@ -117,8 +131,13 @@ class Comparison(msgspec.Struct, frozen=True):
         rows = [row._asdict() | {"capacity": row.capacity and row.capacity._asdict()} for row in self.rows()]
         for row in rows:
             row["figures"] = {name: interval._asdict() for name, interval in row["figures"].items()}
-        everything = {"rows": rows} | msgspec.to_builtins(self)
+        everything = {"rows": rows, "beyond_profile": self.beyond_profile} | msgspec.to_builtins(self)
         path.write_bytes(msgspec.json.format(msgspec.json.encode(everything), indent=1) + b"\n")
+
+
+def _share_outside(runs: list[Run], policy: str = "") -> float:
+    chosen = [run for run in runs if policy in ("", run.policy)]
+    return sum(run.outside for run in chosen) / max(sum(run.iterations for run in chosen), 1)
 
 
 def best_by_capacity(statics: list[str], capacities: dict[str, list[float]]) -> str:

@@ -1,5 +1,6 @@
 """The comparison: who is in it, what its figures are, and how it goes on after an interruption."""
 
+import html
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import pytest
 from test_capacity import LENGTHS, PLANT, trial
 
 from envs.slo import Slo
+from envs.step_time import Range, StepTimeModel
 from envs.trace import make_workload
 from profiles import compare as module
 from profiles.capacity import TOLERANCE
@@ -140,6 +143,27 @@ def test_the_quick_judgement_of_requests_is_the_slos_own(slo: str) -> None:
 def test_histograms_count_what_lies_between_the_bins() -> None:
     values_s = np.concatenate([np.random.default_rng(0).lognormal(-3, 3, 10_000), [0.0, 1e-4, 5e3]])
     assert histogram(values_s) == np.histogram(np.minimum(values_s, BINS[-1]), BINS)[0].tolist()
+
+
+def test_what_lies_outside_the_profile_is_said(
+    comparison: Comparison, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert comparison.beyond_profile == "", "a formula knows no range"
+    anything, description = (0.0, 1e12), PLANT.step_time.description
+    measured = Range(anything, anything, anything, prefill_tokens=(1.0, 64.0), prefill_attention_tokens2=anything)
+    mixed = msgspec.structs.replace(description.mixed, measured=measured)
+    plant = replace(PLANT, step_time=StepTimeModel(msgspec.structs.replace(description, mixed=mixed)))
+    asked = replace(question(policies=("static:budget=64",), grid=(64, 512), rates=(2.0,)), plant=plant)
+    found = compare(asked, tmp_path, processes=1)
+    present(found, tmp_path)
+    outside = {run.policy: run.outside for run in found.runs}
+    assert outside["static:budget=64"] == 0 < outside["static:budget=512"]
+    runs = found.of("static:budget=512", 2.0)
+    share = sum(run.outside for run in runs) / sum(run.iterations for run in runs)
+    assert f"({share:.1%} under static:budget=512) lie outside" in found.beyond_profile
+    assert found.beyond_profile in capsys.readouterr().out
+    assert found.beyond_profile in json.loads((tmp_path / "comparison.json").read_bytes())["beyond_profile"]
+    assert html.escape(found.beyond_profile) in (tmp_path / "report.html").read_text()
 
 
 def test_everything_is_in_the_json(comparison: Comparison, tmp_path: Path) -> None:

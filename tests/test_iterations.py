@@ -1,13 +1,18 @@
 """Tables of iterations from telemetry: what an interval is, and when there is none."""
 
+import tracemalloc
+from pathlib import Path
+
 import msgspec
 import numpy as np
+from plant import Loop
 
+from controller.journal import _write_part
 from engine.config import EngineConfig
 from envs.simulator import Plant, Simulation
 from envs.step_time import StepTimeModel
 from envs.trace import make_workload
-from profiles.iterations import IterationRows
+from profiles.iterations import IterationRows, read_iterations
 
 MODEL = StepTimeModel.from_formula((5e-3, 1e-5, 4e-8), (6e-3, 5e-5, 4e-8, 1e-9, 3e-4)).with_noise(0.1)
 
@@ -41,3 +46,28 @@ def test_a_lost_message_leaves_no_interval_of_two_iterations() -> None:
     rows = [row for i, message in enumerate(heard) if i != lost for row in joined.add(message)]
     assert len(rows) < heard[-1]["iteration"]  # type: ignore[operator]
     assert all(abs(row["interval_s"] - row["device_s"]) < 1e-8 for row in rows if row["interval_s"] is not None)
+
+
+def test_a_journal_is_read_part_by_part(tmp_path: Path) -> None:
+    loop = Loop("static:budget=256")
+    loop.run_saturated(15)
+    rows = list(loop.journal)
+
+    def peak_of_reading(parts: int) -> tuple[int, int]:
+        journal = tmp_path / str(parts)
+        journal.mkdir()
+        for part in range(parts):
+            shifted = [
+                msgspec.structs.replace(row, telemetry=msgspec.structs.replace(row.telemetry, engine_id=f"e-{part}"))
+                for row in rows
+            ]
+            _write_part(journal, shifted)
+        tracemalloc.start()
+        n_rows = read_iterations(journal).num_rows
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return n_rows, peak
+
+    few, many = peak_of_reading(3), peak_of_reading(15)
+    assert many[0] == 5 * few[0] > 3000
+    assert many[1] < 1.5 * few[1]

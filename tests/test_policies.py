@@ -1,5 +1,6 @@
 """The laws in the loop: the real core and controller, modelled step time with noise."""
 
+import msgspec
 import numpy as np
 import pytest
 from plant import Loop
@@ -151,6 +152,20 @@ def test_predictive_takes_the_largest_whole_tile_that_fits_and_has_no_limit_with
     lone.step()
     assert lone.journal[0].knobs is not None
     assert lone.journal[0].knobs.reason == "predictive: nobody decodes, no limit; slew limit, wanted 2048"
+
+
+def test_predictive_reckons_with_the_noise_of_the_batch_it_would_form() -> None:
+    loop = Loop(None, noise=0.1)
+    loop.run_saturated(1)
+    both, description = loop.step_time.description, loop.step_time.with_noise(0).description
+    steady, decodes, mixed = (
+        StepTimeModel(msgspec.structs.replace(description, **changes))
+        for changes in ({}, {"decode_only": both.decode_only}, {"mixed": both.mixed})
+    )
+    heard = loop.link.published[-1]
+    laws = [parse_law("predictive", Slo(tbt_s=0.1), model).make(heard) for model in (steady, decodes, mixed)]
+    budgets = [law.decide(heard).budget_tokens for law in laws]
+    assert budgets[0] == budgets[1] > 1.2 * budgets[2]
 
 
 @pytest.mark.parametrize(("budget", "chunk"), [(256, 256), (512, 96), (40, 2048)])

@@ -1,5 +1,6 @@
 """`pacer record`: what a running engine did, on disk: all of it, in order, or counted."""
 
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from live import Ear, Load, Pacer, Served, wait_for
 from plant import Loop
 
-from engine.config import EngineConfig
+from engine.config import MAX_TTL_S, EngineConfig
 from engine.link import Endpoints
-from engine.protocol import Telemetry, encode
+from engine.process import idle_heartbeat_s
+from engine.protocol import VERSION, Telemetry, encode
 from engine.request import Abort
 from envs.trace import make_workload
 from profiles import record
@@ -66,7 +68,7 @@ def test_requests_are_stored_by_arrival_and_can_be_replayed(tmp_path: Path) -> N
     assert recording.open_requests == recording.early_requests == recording.aborted_requests == 0
     replayed = make_workload("trace", f"csv:{tmp_path / 'requests.csv'}", np.random.default_rng(0))
     assert replayed.arrival_s.tolist() == pytest.approx([0.0, 0.01, 0.02])
-    assert not (tmp_path / "requests.parquet").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iterations.parquet", "requests.csv"]
 
 
 def test_every_iteration_is_stored_on_the_clock_of_the_requests(tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ def test_what_cannot_be_stored_is_counted_and_told(tmp_path: Path) -> None:
     assert [(prompt, output) for _, prompt, output in requests_of(tmp_path / "all")] == [(30, 4)]
     assert (recording.early_requests, recording.open_requests, recording.aborted_requests) == (1, 2, 1)
     told = record._summary(recording, tmp_path)
-    for line in ("2 requests were still open", "1 requests had come before", "1 requests, at least, were aborted"):
+    for line in ("2 requests still open", "1 request from before", "1 request aborted", "1 request, "):
         assert line in told
 
 
@@ -113,7 +115,7 @@ def test_iterations_that_were_not_heard_are_counted_and_told(tmp_path: Path) -> 
     rows = pq.read_table(tmp_path / "iterations.parquet")["iteration"].to_pylist()
     assert set(range(rows[0], rows[-1])) - set(rows) == {lost.iteration - 1, lost.iteration}
     assert recording.missing_iterations == 2
-    assert "2 iterations are missing" in record._summary(recording, tmp_path)
+    assert "2 iterations missing" in record._summary(recording, tmp_path)
 
 
 @settings(max_examples=40, deadline=None)
@@ -172,16 +174,57 @@ def test_a_killed_recording_has_lost_no_more_than_a_part_and_held_none_in_memory
     stored = pq.read_table(tmp_path / "iterations.parquet")["iteration"].to_pylist()
     assert stored == list(range(1, len(stored) + 1))
     assert 0 < recording.iterations - len(stored) < 20
-    finished = pq.read_table(tmp_path / "requests.parquet")
-    assert finished.column_names == HEADER.split(",")
-    assert 0 < recording.requests - finished.num_rows < 60
-    assert set(finished["output_tokens"].to_pylist()) == {5}
+    finished = requests_of(tmp_path)
+    assert 0 < recording.requests - len(finished) < 60
+    assert {output for _, _, output in finished} == {5}
+
+
+def test_the_requests_of_a_killed_recording_can_be_replayed(tmp_path: Path) -> None:
+    recording = Recording(tmp_path)
+    for telemetry in three_requests().link.published:
+        recording.take(telemetry)
+        recording._flush()
+    assert [output for _, _, output in requests_of(tmp_path)] == [1, 3, 12], "in the order of their ends"
+    replayed = make_workload("trace", f"csv:{tmp_path / 'requests.csv'}", np.random.default_rng(0))
+    assert replayed.output_tokens.tolist() == [12, 3, 1]
+    assert replayed.arrival_s.tolist() == pytest.approx([0.0, 0.01, 0.02])
 
 
 def test_a_folder_with_a_recording_is_refused(tmp_path: Path) -> None:
     store(three_requests().link.published, tmp_path)
     with pytest.raises(ValueError, match="another --out"):
         Recording(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_heard(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=f"cannot record to the folder {out}.*choose another --out"):
+            Recording(out)
+
+
+def test_what_a_full_disk_did_not_take_is_told_and_the_rest_is_whole(tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the disk."""
+    messages = three_requests().link.published
+    half = Recording(tmp_path / "half")
+    for telemetry in messages[:-3]:
+        half.take(telemetry)
+    half._flush()
+    kept = requests_of(tmp_path / "half")
+    for telemetry in messages[-3:]:
+        half.take(telemetry)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "half" / "requests.csv").stat().st_size + 3, before[1]))
+        with pytest.raises(OSError, match="File too large"):
+            half.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert requests_of(tmp_path / "half") == kept
+    assert f"{half.unwritten_rows} rows of these could not be written" in record._summary(half, tmp_path)
+    half.close()
+    assert [output for _, _, output in requests_of(tmp_path / "half")] == [12, 3, 1]
+    assert half.unwritten_rows == 0
 
 
 @pytest.fixture
@@ -193,23 +236,81 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("handlers")
-def test_an_engine_that_is_not_there_ends_the_recording_with_the_reason(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(record, "SILENCE_S", 0.1)
-    monkeypatch.setattr(record, "TICK_S", 0.05)
-    out = tmp_path_factory.mktemp("out")
-    with pytest.raises(ConnectionError, match="is the engine running"):
-        run_record(Endpoints.ipc(tmp_path_factory.mktemp("s"), "nobody"), out, None, None)
-    assert list(out.iterdir()) == []
-    assert "heard nothing" in capsys.readouterr().out
-
-
 @pytest.fixture(scope="module")
 def sockets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield tmp_path_factory.mktemp("s")
     Pacer.end_all()
+
+
+class Told:
+    """An engine's telemetry socket, and the recorder's clock: each look at it is a second later.
+
+    The messages go out 50 s apart, the first to the subscriber; Ctrl-C comes at `interrupt_s`.
+    """
+
+    def __init__(self, sockets: Path, name: str, *messages: Telemetry, interrupt_s: int = 10**6) -> None:
+        self.endpoints = Endpoints.ipc(sockets, name)
+        self.now_s = 0
+        self._left = list(messages)
+        self._interrupt_s = interrupt_s
+        self._next_s = interrupt_s
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._publisher = self._context.socket(zmq.XPUB)
+        self._publisher.bind(self.endpoints.telemetry)
+
+    def clock(self) -> int:
+        self.now_s += 1
+        if self._publisher.poll(0):
+            self._publisher.recv()
+            self._next_s = self.now_s
+        if self.now_s >= self._next_s and self._left:
+            self._publisher.send(encode(self._left.pop(0)))
+            self._next_s += 50
+        if self.now_s == self._interrupt_s:
+            signal.raise_signal(signal.SIGINT)
+        return self.now_s * 10**9
+
+    def record(self, out: Path) -> int:
+        try:
+            return run_record(self.endpoints, out, None, None, self.clock)
+        finally:
+            self._context.destroy(linger=0)
+
+
+@pytest.fixture
+def quick(handlers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "TICK_S", 0.01)
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_engine_that_is_not_there_yet_is_waited_for_until_ctrl_c(
+    sockets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert Told(sockets, "nobody", interrupt_s=3 * round(record.SILENCE_S)).record(tmp_path) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert "heard nothing" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_engine_of_another_version_is_named_at_once(sockets: Path, tmp_path: Path) -> None:
+    message = msgspec.structs.replace(three_requests().link.published[0], version=VERSION + 1)
+    with pytest.raises(ConnectionError, match="1 message of another protocol: run the engine's version of Pacer"):
+        Told(sockets, "other", message).record(tmp_path)
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_idle_engine_is_waited_for_and_one_that_has_gone_is_not(sockets: Path, tmp_path: Path) -> None:
+    messages = three_requests().link.published
+    told = Told(sockets, "gone", *messages)
+    with pytest.raises(ConnectionError, match="no telemetry for 60 s"):
+        told.record(tmp_path)
+    assert told.now_s > 50 * (len(messages) - 1) + record.SILENCE_S
+    assert [output for _, _, output in requests_of(tmp_path)] == [12, 3, 1]
+
+
+def test_an_idle_engine_speaks_often_enough_whatever_its_time_to_live() -> None:
+    for ttl_s in (1.0, 400.0, MAX_TTL_S):
+        assert idle_heartbeat_s(EngineConfig(knobs_ttl_s=ttl_s)) <= min(ttl_s / 4, record.SILENCE_S / 4)
 
 
 def test_an_engine_that_starts_anew_ends_the_recording_and_what_came_before_is_stored(
@@ -250,6 +351,8 @@ def test_a_live_engine_is_recorded_beside_its_controller_until_ctrl_c(sockets: P
 
 
 def test_record_has_help_and_refuses_what_it_cannot_do(sockets: Path, tmp_path: Path) -> None:
-    for arguments, status in ((("--help",), 0), ((), 2), (("--out", str(tmp_path), "--duration", "0"), 2)):
+    (tmp_path / "file").touch()
+    refused = [(), ("--out", str(tmp_path), "--duration", "0"), ("--out", str(tmp_path / "file"))]
+    for arguments, status in ((("--help",), 0), *((arguments, 2) for arguments in refused)):
         recorder = Pacer("record", "--socket-dir", str(sockets), *arguments)
         assert recorder.process.wait(60) == status

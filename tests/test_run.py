@@ -41,3 +41,8 @@ def test_bad_input_ends_with_the_reason_and_no_traceback(arguments: tuple[str, .
     assert answer.returncode == 2
     assert message in answer.stderr
     assert "Traceback" not in answer.stderr
+
+
+def test_no_command_waits_for_the_statistics_of_another() -> None:
+    code = "import sys, run; run._parser(); assert not {'scipy.stats', 'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

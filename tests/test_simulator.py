@@ -2,14 +2,17 @@
 
 from collections import defaultdict
 
+import msgspec
 import numpy as np
 import pytest
 
 from engine.config import EngineConfig
 from engine.protocol import Telemetry
+from envs.iterations import COMPOSITION
 from envs.outcome import Outcome
 from envs.simulator import Plant, Simulation
 from envs.slo import Slo
+from envs.state import LOG_COLUMNS
 from envs.step_time import StepTimeModel
 from envs.trace import Workload, make_workload
 
@@ -64,6 +67,23 @@ def test_an_answer_acts_one_dead_time_later(dead_time: int) -> None:
     for telemetry in busy[dead_time:]:
         assert telemetry.knobs.iteration == telemetry.iteration - dead_time
         assert telemetry.knobs.budget_tokens == 100 + (telemetry.iteration - dead_time) % 1000
+
+
+def test_noise_is_that_of_the_regime_and_the_log_tells_what_ran() -> None:
+    steady_decodes = msgspec.structs.replace(MODEL.description, decode_only=QUIET.description.decode_only)
+    simulation = Simulation(Plant(CONFIG, StepTimeModel(steady_decodes)), workload(), keep_log=True)
+    heard: list[Telemetry] = []
+    simulation.run_law(lambda telemetry, now_ns: heard.append(telemetry))
+    batches = [[getattr(t.batch, name) for name in COMPOSITION] for t in heard if t.batch.total_tokens]
+    done = [completion for t in heard for completion in t.completed]
+    factors: dict[bool, list[float]] = defaultdict(list)
+    for batch, completion in zip(batches, done, strict=True):
+        factors[batch[3] > 0].append(completion.device_s / QUIET.mean_s(*batch))
+    assert factors[False] == pytest.approx([1.0] * len(factors[False]))
+    assert np.abs(MODEL.residuals[1][:, None] - factors[True]).min(axis=0).max() < 1e-9
+    assert np.std(factors[True]) == pytest.approx(0.05, rel=0.3)
+    log = simulation.outcome().log[:, [LOG_COLUMNS.index(name) for name in COMPOSITION]]
+    assert log.tolist() == batches
 
 
 @pytest.mark.parametrize("dead_time", [1, 2, 3])

@@ -17,17 +17,16 @@ from hypothesis import strategies as st
 from numpy.random import Generator
 
 from envs.iterations import COMPOSITION, LONGEST_STRETCH, Iterations, load_iterations, stretches
-from envs.step_time import N_RESIDUALS, Curve, Description, Range, Regime, StepTimeModel, mean_step_s
+from envs.step_time import VERSION, Curve, Description, Range, Regime, StepTimeModel, mean_step_s
 from envs.step_time_error import errors, predict
-from envs.step_time_fit import GRAPH_SIZES, fit
+from envs.step_time_fit import GRAPH_SIZES, LEAST_STRETCHES, fit
 
 FORMULA = StepTimeModel.from_formula((4.71e-3, 7.3e-6, 35e-9), (1.27e-3, 20.9e-6, 45.5e-9, 1.045e-9, 0.28e-3))
 TRUTH = StepTimeModel.from_formula((4.71e-3, 7.3e-6, 35e-9), (5e-3, 18e-6, 45.5e-9, 1.045e-9, 0.28e-3))
-QUIET = (1.0,) * N_RESIDUALS
 
 
 def described(decode_only: Regime, mixed: Regime, floor: bool = False) -> StepTimeModel:
-    return StepTimeModel(Description(1, floor, decode_only, mixed, QUIET))
+    return StepTimeModel(Description(VERSION, floor, decode_only, mixed))
 
 
 def recording(
@@ -127,19 +126,20 @@ def test_the_mean_is_above_zero_and_never_falls_within_a_regime(
 
 def test_noise_is_lognormal_of_mean_one() -> None:
     noisy = FORMULA.with_noise(0.04)
-    assert noisy.residuals.mean() == pytest.approx(1)
-    assert noisy.residuals.std() == pytest.approx(0.04, rel=0.02)
+    assert noisy.residuals.shape == (2, 256)
+    assert noisy.residuals.mean(axis=1) == pytest.approx(1)
+    assert noisy.residuals.std(axis=1) == pytest.approx(0.04, rel=0.02)
     mean_s = FORMULA.mean_s(1, 10, 0, 0, 0)
     assert noisy.mean_s(1, 10, 0, 0, 0) == mean_s
     assert noisy.quantile_s(0.99, 1, 10, 0, 0, 0) == pytest.approx(mean_s * math.exp(0.04 * 2.326 - 0.0008), rel=2e-3)
-    assert noisy.factor(0.5) == pytest.approx(math.exp(-0.0008), rel=1e-4)
+    assert noisy.factor(0.5, mixed=True) == pytest.approx(math.exp(-0.0008), rel=1e-4)
     assert (noisy.with_noise(0).residuals == 1).all()
     assert not noisy.residuals.flags.writeable
     for sigma in (-0.1, math.nan):
         with pytest.raises(ValueError, match="sigma"):
             FORMULA.with_noise(sigma)
     with pytest.raises(ValueError, match=r"1\.5"):
-        FORMULA.factor(1.5)
+        FORMULA.factor(1.5, mixed=False)
 
 
 def test_a_stage_takes_its_share() -> None:
@@ -177,9 +177,9 @@ def test_a_model_is_kept_in_readable_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"version": 2}, "version 2"),
-        ({"residuals": [1.0] * 255}, "256"),
-        ({"residuals": [1.1] * 256}, "mean 1"),
+        ({"version": 1, "residuals": [1.0] * 256}, "version 1"),
+        ({"mixed": {"fixed_s": 1.0, "residuals": [1.0] * 255}}, "256"),
+        ({"mixed": {"fixed_s": 1.0, "residuals": [1.1] * 256}}, "mean 1"),
         ({"colour": "red"}, "colour"),
         ({"mixed": {"fixed_s": -1.0}}, "fixed_s"),
         ({"mixed": {"fixed_s": 1.0, "tokens": {"starts": [0.0], "slopes_s": [-1.0]}}}, "none below 0"),
@@ -202,8 +202,49 @@ def test_a_fit_finds_the_truth_and_its_noise() -> None:
     assert np.abs(ratio - 1).max() < 0.03
     assert np.median(np.abs(ratio - 1)) < 0.006
     timed_apart = fit(replace(recording(TRUTH, np.random.default_rng(1), noise=0.04), intervals=False))
-    assert timed_apart.residuals.std() == pytest.approx(0.04, rel=0.1)
-    assert timed_apart.factor(0.99) == pytest.approx(1.095, abs=0.02)
+    for mixed in (False, True):
+        assert timed_apart.residuals[int(mixed)].std() == pytest.approx(0.04, rel=0.1)
+        assert timed_apart.factor(0.99, mixed) == pytest.approx(1.095, abs=0.02)
+
+
+def test_quantiles_are_those_of_single_iterations_but_of_stretches_where_stamps_are_late() -> None:
+    """Noise of 10 % on every row: known in full of rows timed apart, and of decode-only ones, whose stamps are good."""
+    parts = [recording(TRUTH, np.random.default_rng(run), 6000, noise=0.1, late=0.6, run=run) for run in range(2)]
+    model = fit(Iterations.concatenate(parts))
+    alone, mixed = model.residuals.std(axis=1)
+    assert alone == pytest.approx(0.1, rel=0.1)
+    assert 0.03 < mixed < 0.1, "it averages out over a stretch"
+    timed_apart = fit(replace(recording(TRUTH, np.random.default_rng(0), 6000, noise=0.1), intervals=False))
+    fresh = recording(TRUTH, np.random.default_rng(7), 20_000, noise=0.1)
+    ratio = fresh.seconds / predict(timed_apart, fresh)
+    for regime in (False, True):
+        beyond = np.mean(ratio[fresh.mixed == regime] > timed_apart.factor(0.99, regime))
+        assert 0.005 < beyond < 0.02, "1 % is promised"
+
+
+@pytest.mark.parametrize("intervals", [False, True])
+def test_each_regime_has_its_own_noise(intervals: bool) -> None:
+    random = np.random.default_rng(11)
+    seen = recording(TRUTH, random, 4000)
+    noise = random.lognormal(0.0, np.where(seen.mixed, 0.1, 0.02))
+    model = fit(replace(seen, seconds=seen.seconds * noise, intervals=intervals))
+    alone, mixed = model.residuals.std(axis=1)
+    assert alone == pytest.approx(0.02, rel=0.15)
+    assert 0.02 < mixed < 0.11 if intervals else mixed == pytest.approx(0.1, rel=0.25)
+    batch = (3.0, 1000.0, 0.0, 0.0, 0.0)
+    assert model.quantile_s(0.99, *batch) == model.factor(0.99, mixed=False) * model.mean_s(*batch)
+    batch = (3.0, 1000.0, 1.0, 100.0, 5000.0)
+    assert model.quantile_s(0.99, *batch) == model.factor(0.99, mixed=True) * model.mean_s(*batch)
+    taken = model.description.provenance["residuals"]["mixed"]
+    assert LEAST_STRETCHES <= taken["stretches"] <= taken["iterations"]
+
+
+def test_a_short_run_beside_a_long_one_does_not_spoil_the_held_out_error() -> None:
+    long = recording(TRUTH, np.random.default_rng(0), noise=0.03)
+    short = recording(TRUTH, np.random.default_rng(1), 40, noise=0.03, run=1)
+    alone, both = (fit(seen).description.held_out for seen in (long, Iterations.concatenate([long, short])))
+    for regime in ("decode_only", "mixed"):
+        assert both[regime]["sums_median_error"] == pytest.approx(alone[regime]["sums_median_error"], rel=0.2)
 
 
 @pytest.mark.parametrize("second_slope_s", [0.2e-3, 1.4e-3])
@@ -232,7 +273,7 @@ def test_late_stamps_and_idle_gaps_do_not_mislead() -> None:
     judged = errors(model, recording(TRUTH, np.random.default_rng(10), noise=0.03, late=0.6))
     assert judged["all"]["r2_sums"] > 0.99
     assert judged["all"]["r2"] < 0.9  # rows stay wrong by what was moved between them
-    assert model.factor(0.99) < 1.2
+    assert model.factor(0.99, mixed=True) < 1.2
 
 
 def test_a_staircase_is_found_where_there_is_one_and_only_there() -> None:
@@ -254,6 +295,10 @@ def test_a_fit_knows_its_range() -> None:
     model = fit(seen)
     assert all(model.covers(*batch) for batch in zip(*(getattr(seen, name) for name in COMPOSITION), strict=True))
     assert not model.covers(1000, 10_000, 0, 0, 0)
+    columns = np.stack([getattr(seen, name) for name in COMPOSITION], axis=1)
+    batches = np.vstack([(1000.0, 10_000.0, 0.0, 0.0, 0.0), columns])
+    assert model.covered(batches).tolist() == [False] + [True] * len(seen)
+    assert FORMULA.covered(batches).all()
     assert errors(model, seen)["all"]["covered"] == 1
 
 
@@ -262,6 +307,13 @@ def test_a_recording_without_a_regime_is_refused(mixed: bool, named: str) -> Non
     seen = recording(TRUTH, np.random.default_rng(8), n=200)
     with pytest.raises(ValueError, match=f"of {named} iterations.*record for longer"):
         fit(replace(seen.rows(seen.mixed == mixed), intervals=False))
+
+
+def test_a_light_load_is_refused_with_the_way_round() -> None:
+    seen = recording(TRUTH, np.random.default_rng(8), n=200)
+    after_idling = np.where(seen.mixed, np.nan, seen.seconds)
+    with pytest.raises(ValueError, match=f"{seen.mixed.sum()} more have no interval.*'device_s'"):
+        fit(replace(seen, seconds=after_idling, intervals=False))
 
 
 def rows(seconds: list[float], prefill: list[int], **more: object) -> Iterations:
@@ -355,6 +407,29 @@ def test_a_table_of_our_own_journal_is_read_with_either_time(tmp_path: Path) -> 
         load_iterations(path, "stage_s")
 
 
+def test_our_own_table_tells_idle_gaps_itself() -> None:
+    """A prefill-heavy load: prompts follow on prompts, and nothing ever decodes."""
+    whole = {"decode_tokens": 0, "decode_context_tokens": 0, "prefill_requests": 1, "prefill_tokens": 16}
+    whole |= {"prefill_attention_tokens2": 128.0}
+    told = [whole | {"iteration": i, "interval_s": t} for i, t in enumerate((None, 0.5, 0.5, None, 0.5), start=1)]
+    read = Iterations.from_table(pa.Table.from_pylist(told))
+    assert np.isnan(read.seconds).tolist() == [True, False, False, True, False]
+    untold = pa.Table.from_pylist(told).drop_columns("iteration")
+    assert np.isnan(Iterations.from_table(untold).seconds).all()
+
+
+def test_two_completions_under_one_stamp_have_no_interval(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.csv"
+    path.write_text(CSV.replace("1.0,0.1,", "1.0,0.0,"))
+    assert np.isnan(load_iterations(path).seconds).tolist() == [True, True, True, False]
+    path.write_text(CSV.replace("1.0,0.1,", "1.0,-0.1,"))
+    with pytest.raises(ValueError, match=r"sweep\.csv: seconds in row 2 is -0\.1"):
+        load_iterations(path)
+    path.write_text(CSV.splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match=r"sweep\.csv: no iteration in it"):
+        load_iterations(path)
+
+
 def test_errors_are_relative_to_what_was_measured() -> None:
     model = described(Regime(1.0), Regime(2.0))
     judged = errors(model, rows([1.0, 2.0, 4.0, 2.5, math.nan], [0, 0, 8, 8, 0], intervals=False))
@@ -375,6 +450,11 @@ def test_sums_forgive_a_late_stamp_and_rows_do_not() -> None:
     assert judged["mixed"]["sums_median_error"] == pytest.approx(0.0)
     with pytest.raises(ValueError, match="known time"):
         errors(model, rows([math.nan], [0]))
+
+
+def test_a_formula_needs_all_its_coefficients() -> None:
+    with pytest.raises(ValueError, match="2 decode-only and 5 mixed coefficients: give 3 and 5"):
+        StepTimeModel.from_formula((1e-3, 1e-6), (1e-3, 1e-6, 0.0, 0.0, 0.0))
 
 
 def test_laws_can_use_a_model_without_the_tools_that_fit_it() -> None:

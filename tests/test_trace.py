@@ -263,3 +263,20 @@ def test_a_file_of_lengths_has_no_arrivals_to_replay(tmp_path: Path) -> None:
     write_csv(path, Lengths(np.array([5]), np.array([7])))
     with pytest.raises(ValueError, match="has lengths only; generate arrivals"):
         make_workload("trace", f"csv:{path}", seeded())
+
+
+def test_rows_may_be_in_any_order_of_arrival(tmp_path: Path) -> None:
+    path = tmp_path / "killed.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n2,30,3\n0.5,10,1\n2,40,4\n1,20,2\n")
+    read = read_csv(path)
+    assert isinstance(read, Workload)
+    assert columns(read) == [(0.5, 10, 1), (1.0, 20, 2), (2.0, 30, 3), (2.0, 40, 4)]
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n2,30,3\n0.5,10,0\n")
+    with pytest.raises(ValueError, match="data row 1: output_tokens is 0"):
+        read_csv(path)
+
+
+def test_a_model_without_room_for_a_prompt_and_an_output_is_refused() -> None:
+    for arrivals in ("poisson:4", "trace"):
+        with pytest.raises(ValueError, match="max_model_tokens is 0; it must leave room"):
+            make_workload(arrivals, "conversation", seeded(), 5, max_model_tokens=0)

@@ -113,6 +113,8 @@ def test_any_spec_and_seed_give_the_same_legal_workload_twice(arrivals: str, len
         ("scaled:1,1", "lengths '': unknown kind"),
         ("sharegpt8k", "unknown kind 'sharegpt8k'"),
         ("lognormal:500/1/0,60/1/90", "no draw of .* and the spec's MAX"),
+        ("csv", "'csv' names no file: write csv:PATH"),
+        ("azure:", "'azure' names no file: write azure:PATH"),
     ],
 )
 def test_a_wrong_lengths_spec_is_refused_with_the_remedy(lengths: str, message: str) -> None:

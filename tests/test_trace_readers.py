@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from engine.tokenizer import load_tokenizer
 from envs.forward_passes import read_forward_passes
-from envs.iterations import Iterations
-from envs.trace import Lengths, Workload, make_workload, read_trace, write_csv
-from envs.trace_readers import READERS, read_azure, read_burstgpt, read_mooncake, read_sharegpt
+from envs.iterations import COMPOSITION, load_iterations, stretches
+from envs.trace import Workload, make_workload, read_csv, write_csv
+from envs.trace_readers import READERS, read_azure, read_burstgpt, read_mooncake, read_sharegpt, tokenizer_count
 
 AZURE_2023 = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44
@@ -123,24 +123,37 @@ def test_sharegpt_counts_with_the_tokenizer_of_a_folder(tmp_path: Path) -> None:
         ("burstgpt", BURSTGPT_WITH_SESSIONS),
         ("mooncake", MOONCAKE),
         ("csv", "arrival_s,prompt_tokens,output_tokens\n0,5,1\n0.5,7,3\n"),
-        ("csv", "\ufeffarrival_s,prompt_tokens,output_tokens\r\n0,5,1\r\n"),
+        ("csv", "arrival_s,prompt_tokens,output_tokens\r\n0,5,1\r\n"),
+        ("csv", '"id","arrival_s","prompt_tokens","output_tokens"\n"x",0,5.0,1.0\n'),
+        ("azure", AZURE_2024.replace("GeneratedTokens\n", "GeneratedTokens\n\n")),
     ],
 )
-def test_the_content_names_the_format_and_the_spec_replays_it(tmp_path: Path, kind: str, text: str) -> None:
+def test_the_spec_replays_any_file_with_or_without_a_byte_order_mark(tmp_path: Path, kind: str, text: str) -> None:
     path = written(tmp_path, text, "some-file.gz")
-    direct, guessed = READERS[kind](path), read_trace(path)
+    direct, marked = READERS[kind](path), READERS[kind](written(tmp_path, f"\ufeff{text}", "marked"))
     assert isinstance(direct, Workload)
-    assert isinstance(guessed, Workload)
-    assert columns(guessed) == columns(direct)
+    assert isinstance(marked, Workload)
+    assert columns(marked) == columns(direct)
     replayed = make_workload("trace", f"{kind}:{path}", np.random.default_rng(0))
     assert columns(replayed) == columns(direct)
     assert replayed.dropped_requests == direct.dropped_requests
 
 
-def test_sharegpt_is_recognised_too(tmp_path: Path) -> None:
-    read = read_trace(written(tmp_path, "\n " + json.dumps(CONVERSATIONS)))
-    assert isinstance(read, Lengths)
-    assert read.prompt_tokens.tolist() == [10, 1024]
+def test_sharegpt_passes_over_what_it_cannot_read_and_counts_it(tmp_path: Path) -> None:
+    good = turns("p" * 40, "o" * 100)
+    later = turns("p" * 44, "o" * 100, "later")
+    later["conversations"][2] = {"from": "human", "value": None}  # type: ignore[dict-item]
+    bad = [{"conversations": None}, turns("p" * 40), {"conversations": [{"value": 3}, {"value": "o" * 40}]}]
+    text = json.dumps([good, later, *bad, turns("LONE" * 10, "o" * 40)]).replace("LONELONE", "LONE\\ud83d", 1)
+    read = read_sharegpt(written(tmp_path, f"\ufeff{text}"))
+    assert read.prompt_tokens.tolist() == [10, 11, 9]
+    assert read.dropped_requests == 2, "not the one without an answer"
+    path = written(tmp_path, "")
+    path.write_bytes(json.dumps([good, later]).encode().replace(b"pppp", b"\xffppp", 1))
+    assert read_sharegpt(path).prompt_tokens.tolist() == [10, 11]
+    load_tokenizer(None).save_pretrained(tmp_path / "bytes")
+    counted = read_sharegpt(written(tmp_path, text), tokenizer_count(tmp_path / "bytes"))
+    assert counted.prompt_tokens.tolist() == [40, 44, 37]
 
 
 @pytest.mark.parametrize(
@@ -167,13 +180,13 @@ def test_sharegpt_is_recognised_too(tmp_path: Path) -> None:
         ("mooncake", MOONCAKE.replace("6755", "-1"), "line 1: .*tokens below 0"),
         ("mooncake", MOONCAKE[:-20], "line 4: .*truncated"),
         ("mooncake", "\n", "is empty"),
-        (
-            "sharegpt",
-            json.dumps([turns("p" * 40, "o" * 40), {"conversations": [{"value": 3}]}]),
-            r"\$\[1\].conversations",
-        ),
+        ("burstgpt", BURSTGPT.replace(",18,", ",18.5,"), "line 2: .*no whole number"),
+        ("mooncake", f"[{MOONCAKE}]", "line 1: .*Expected `object`"),
+        ("sharegpt", f"[{MOONCAKE.splitlines()[0]}]", "none of 1 entries is a conversation"),
+        ("sharegpt", "{}", "no list of ShareGPT conversations"),
+        ("csv", "arrival_s,prompt_tokens,output_tokens\n0,1,1\n-1,1,1\n", "line 3: .*a finite number, 0 or more"),
         ("sharegpt", json.dumps([turns("short", "x")]), "none of 1 entries"),
-        ("sharegpt", json.dumps(CONVERSATIONS)[:-5], "cannot read it as ShareGPT"),
+        ("sharegpt", json.dumps(CONVERSATIONS)[:-5], "cannot read it as ShareGPT.s"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, kind: str, text: str, message: str) -> None:
@@ -183,29 +196,12 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, kind: str, text: str, mess
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a,b,c\n1,2,3\n", "starts with 'a,b,c': no trace format of azure, mooncake"),
-        ("", "starts with ''"),
-        ('{"prompt": "hello"}\n', "a JSON object with prompt is no known request"),
-        ('{"timestamp": 1, "event": {}}\n', "iterations, not requests"),
-        ("{broken\n", "line 1: cannot read '{broken'"),
-    ],
-)
-def test_an_unknown_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    path = written(tmp_path, text)
-    with pytest.raises(ValueError, match=message) as caught:
-        read_trace(path)
-    assert str(path) in str(caught.value)
-
-
 def test_a_gzip_file_cut_off_is_refused(tmp_path: Path) -> None:
     lines = "".join(f"{second},{1 + second % 977},{1 + second % 89}\n" for second in range(5000))
     path = written(tmp_path, "arrival_s,prompt_tokens,output_tokens\n" + lines, "cut.csv.gz")
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(ValueError, match="cut off or damaged"):
-        read_trace(path)
+        read_csv(path)
 
 
 requests = st.lists(
@@ -220,23 +216,24 @@ def test_formats_agree_on_the_same_requests(
     folder = tmp_path_factory.mktemp("formats")
     burst = "Timestamp,Request tokens,Response tokens\n" + "".join(f"{ms / 1000!r},{p},{o}\n" for ms, p, o in rows)
     lines = [json.dumps({"timestamp": ms, "input_length": p, "output_length": o}) for ms, p, o in rows]
-    paths = written(folder, burst, "burst"), written(folder, "\n".join(lines), "moon")
+    moon = written(folder, "\n".join(lines), "moon")
+    paths = ((read_burstgpt, written(folder, burst, "burst")), (read_mooncake, moon))
     usable = [row for row in rows if row[1] > 0 and row[2] > 0]
     if not usable:
-        for path in paths:
+        for reader, path in paths:
             with pytest.raises(ValueError, match="none of its"):
-                read_trace(path)
+                reader(path)
         return
     expected = sorted(usable, key=lambda row: row[0])
-    for path in paths:
-        read = read_trace(path)
+    for reader, path in paths:
+        read = reader(path)
         assert isinstance(read, Workload)
         assert read.dropped_requests == len(rows) - len(usable)
         assert list(zip(read.prompt_tokens, read.output_tokens, strict=True)) == [row[1:] for row in expected]
         np.testing.assert_allclose(read.arrival_s, [(row[0] - expected[0][0]) / 1000 for row in expected], atol=1e-9)
     again = folder / "again.csv"
     write_csv(again, read)
-    copy = read_trace(again)
+    copy = read_csv(again)
     assert isinstance(copy, Workload)
     assert columns(copy) == columns(read)
 
@@ -255,22 +252,48 @@ def test_forward_passes_become_iterations(tmp_path: Path) -> None:
     lines = [
         forward_pass(1, 0.025, num_prefill_requests=2, sum_prefill_tokens=256, sum_prefill_kv_tokens=64),
         forward_pass(2, 0.010, num_decode_requests=3, sum_decode_kv_tokens=1024),
-        forward_pass(3, 0.0),
-        forward_pass(4, 0.001),
         forward_pass(1, 0.030, "b", num_prefill_requests=1, sum_prefill_tokens=100, sum_prefill_kv_tokens=1000),
     ]
-    read = read_forward_passes(written(tmp_path, "".join(lines), "fpm.jsonl.gz"))
+    read = load_iterations(written(tmp_path, "".join(lines), "fpm.jsonl.gz"))
     # two prefills of 128 at context 32: 2 * 128 * (32 + 64); one of 100 at context 1000: 100 * (1000 + 50)
-    assert [column.tolist() for column in read] == [
+    assert [getattr(read, name).tolist() for name in ("seconds", *COMPOSITION)] == [
         [0.025, 0.010, 0.030],
         [0, 3, 0],
         [0, 1024, 0],
         [2, 0, 1],
         [256, 0, 100],
         [24_576, 0, 105_000],
-        [0, 0, 1],
     ]
-    assert len(Iterations(*read, intervals=False)) == 3
+    assert read.runs.tolist() == [0, 0, 1]
+    assert read.intervals, "the time between two updates of the scheduler, whose stamps may be late"
+    with pytest.raises(ValueError, match="has no device_s"):
+        load_iterations(tmp_path / "fpm.jsonl.gz", "device_s")
+
+
+def test_passes_of_a_worker_are_neighbours_if_it_counted_them_in_turn(tmp_path: Path) -> None:
+    def decode(counter: int, seconds: float, worker: str) -> str:
+        return forward_pass(counter, seconds, worker, num_decode_requests=1, sum_decode_kv_tokens=9)
+
+    def prefill(counter: int, seconds: float, worker: str) -> str:
+        return forward_pass(counter, seconds, worker, num_prefill_requests=1, sum_prefill_tokens=16)
+
+    lines = [decode(1, 0.1, "a"), decode(7, 0.2, "b"), prefill(2, 0.3, "a"), decode(8, 0.4, "b"), decode(3, 0.5, "a")]
+    lines += [forward_pass(4, 0.0, "a"), decode(5, 0.6, "a"), prefill(9, 0.7, "b"), decode(12, 0.8, "b")]
+    read = read_forward_passes(written(tmp_path, "".join(lines), "fpm.jsonl"))
+    assert read.seconds.tolist() == [0.1, 0.3, 0.5, 0.2, 0.4, 0.7, 0.6, 0.8]
+    assert read.runs.tolist() == [0, 0, 0, 1, 1, 1, 2, 3], "idling ends a run, and so does what is left out"
+    assert stretches(read).rows.tolist() == [3, 1, 2, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["fpm.jsonl", "fpm.jsonl.gz"])
+def test_of_a_segment_that_is_still_being_written_the_complete_lines_are_read(tmp_path: Path, name: str) -> None:
+    random = np.random.default_rng(0)
+    lines = [forward_pass(i, random.random(), num_decode_requests=1) for i in range(1000)]
+    path = written(tmp_path, "".join(lines), name)
+    path.write_bytes(path.read_bytes()[:-40])
+    read = read_forward_passes(path)
+    assert 900 < len(read) < 1000
+    assert read.seconds.tolist() == [json.loads(line)["event"]["fpm"]["wall_time"] for line in lines[: len(read)]]
 
 
 @pytest.mark.parametrize(
