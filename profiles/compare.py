@@ -6,6 +6,7 @@ intervals. A request that has not finished `GRACE_S` after the last arrival is a
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,8 +65,11 @@ class Question:
 
     @property
     def statics(self) -> tuple[str, ...]:
+        """The grid, and the static budgets among the policies: the best of all is no worse than one that was named."""
         most = self.plant.config.max_budget_tokens
-        return tuple(f"static:budget={budget}" for budget in sorted({min(budget, most) for budget in self.grid}))
+        named = (re.fullmatch(r"static:budget=(\d+)", policy) for policy in self.policies)
+        budgets = {min(budget, most) for budget in self.grid} | {int(match[1]) for match in named if match}
+        return tuple(f"static:budget={budget}" for budget in sorted(budgets))
 
     def trial(self, policy: str, seed: int) -> Trial:
         return Trial(self.plant, self.workloads[seed], self.slo, seed, policy)

@@ -166,6 +166,11 @@ def test_what_lies_outside_the_profile_is_said(
     assert html.escape(found.beyond_profile) in (tmp_path / "report.html").read_text()
 
 
+def test_a_static_budget_that_was_named_is_in_the_grid() -> None:
+    named = ("static:budget=96", "static:budget=32@chunks-only", "static:budget=48,chunk=16", "pid")
+    assert question(policies=named, grid=(64,)).statics == ("static:budget=64", "static:budget=96")
+
+
 def test_everything_is_in_the_json(comparison: Comparison, tmp_path: Path) -> None:
     present(comparison, tmp_path)
     stored = json.loads((tmp_path / "comparison.json").read_bytes())
