@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.slo import Slo
+from envs.slo import Slo, spared
 from envs.trace import Workload
 
 FloatArray = NDArray[np.float64]
@@ -77,14 +77,20 @@ class Outcome:
         return float(np.mean(gaps <= tbt_slo_s)) if len(gaps) else 1.0
 
     def met(self, slo: Slo) -> BoolArray:
-        """Which requests kept the SLO; one that did not finish has missed it."""
-        met = np.zeros(len(self.produced), np.bool_)
-        ttft_s, e2el_s = self.ttft_s, self.e2el_s
-        for i in np.flatnonzero(self.finished).tolist():
-            row = self.first_token_row[i]
-            gaps_s = np.diff(self.token_times_s[row : row + self.produced[i]])
-            met[i] = slo.met(ttft_s[i], gaps_s, e2el_s[i])
-        return met
+        """Which requests kept the SLO, as `Slo.met` judges each; one that did not finish has missed it."""
+        n_gaps = self.workload.output_tokens - 1
+        tbt_s = np.inf if slo.tbt_s is None else slo.tbt_s
+        late_before = np.concatenate(([0], np.cumsum(np.diff(self.token_times_s) > tbt_s)))
+        late = late_before[self.first_token_row + n_gaps] - late_before[self.first_token_row]
+        kept: BoolArray = self.finished & (late <= spared(n_gaps, slo.quantile))
+        for bound_s, values_s in ((slo.ttft_s, self.ttft_s), (slo.tpot_s, self.tpot_s), (slo.e2el_s, self.e2el_s)):
+            if bound_s is not None:
+                kept &= ~(values_s > bound_s)
+        for i in np.flatnonzero(kept & (late > 0)):  # late ones, but perhaps few enough
+            first = self.first_token_row[i]
+            gaps_s = np.diff(self.token_times_s[first : first + n_gaps[i] + 1])
+            kept[i] = np.quantile(gaps_s, slo.quantile) <= tbt_s
+        return kept
 
     def goodput(self, slo: Slo) -> float:
         """Requests per second that met the SLO."""

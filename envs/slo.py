@@ -7,6 +7,7 @@ per second that met their SLO, so a request that failed or did not finish is a m
 
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,3 +94,8 @@ class Slo:
         if self.tbt_s is None:
             raise ValueError(f"SLO {str(self)!r} has no bound on TBT: add tbt:MILLISECONDS to it")
         return float(np.mean(tbt_s <= self.tbt_s)) if tbt_s.size else 1.0
+
+
+def spared(n: Any, quantile: float) -> Any:
+    """Of n values, how many may lie above a bound that numpy's linear `quantile` of them keeps; number or array."""
+    return n - 1 - np.floor((n - 1) * quantile)

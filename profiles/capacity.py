@@ -17,7 +17,7 @@ from engine.protocol import Telemetry
 from envs.arrivals import named_number
 from envs.outcome import FloatArray, Outcome
 from envs.simulator import Plant, Simulation
-from envs.slo import Slo
+from envs.slo import Slo, spared
 from envs.trace import Workload
 from envs.workload import require_positive
 from policies.catalogue import parse_law
@@ -238,11 +238,6 @@ class Interval(NamedTuple):
 
         factor = float(student.ppf(0.5 + CONFIDENCE / 2, n - 1))
         return cls(float(np.mean(values)), factor * float(np.std(values, ddof=1)) / math.sqrt(n))
-
-
-def spared(n: Any, quantile: float) -> Any:
-    """Of n values, how many may lie above a bound that numpy's linear `quantile` of them keeps; number or array."""
-    return n - 1 - np.floor((n - 1) * quantile)
 
 
 def _pause_s(simulation: Simulation, parts: int) -> float:

@@ -10,9 +10,9 @@ import msgspec
 import numpy as np
 from rich.table import Table
 
-from envs.outcome import BoolArray, FloatArray, Outcome
+from envs.outcome import FloatArray, Outcome
 from envs.slo import Slo
-from profiles.capacity import TOLERANCE, Interval, spared
+from profiles.capacity import TOLERANCE, Interval
 
 BEST_STATIC, ORACLE_STATIC = "best single static", "oracle static"
 BINS = np.concatenate(([0.0], np.geomspace(1e-4, 1e3, 281)))  # seconds; 40 in a factor of ten
@@ -189,30 +189,13 @@ def figures_of(outcome: Outcome, ttft_s: FloatArray, slo: Slo) -> dict[str, floa
         "ttft_p99_s": ttft_p99_s,
         "tbt_p50_s": tbt_p50_s,
         "tbt_p99_s": tbt_p99_s,
-        "goodput": float(met(outcome, slo).sum()) / outcome.duration_s,
+        "goodput": outcome.goodput(slo),
         "throughput": outcome.throughput,
         "finished": outcome.finished.mean(),
     }
     if slo.tbt_s is not None:
         figures["tokens_in_slo"] = outcome.tokens_in_slo(slo.tbt_s)
     return {name: float(value) for name, value in figures.items()}
-
-
-def met(outcome: Outcome, slo: Slo) -> BoolArray:
-    """Which requests kept the SLO: as `Outcome.met` judges, but without a quantile where none is needed."""
-    n_gaps = outcome.workload.output_tokens - 1
-    late_s = np.inf if slo.tbt_s is None else slo.tbt_s
-    late_before = np.concatenate(([0], np.cumsum(np.diff(outcome.token_times_s) > late_s)))
-    late = late_before[outcome.first_token_row + n_gaps] - late_before[outcome.first_token_row]
-    kept: BoolArray = outcome.finished & (late <= spared(n_gaps, slo.quantile))
-    for bound_s, values_s in ((slo.ttft_s, outcome.ttft_s), (slo.tpot_s, outcome.tpot_s), (slo.e2el_s, outcome.e2el_s)):
-        if bound_s is not None:
-            kept &= ~(values_s > bound_s)
-    for i in np.flatnonzero(kept & (late > 0)):  # late ones, but perhaps few enough
-        first = outcome.first_token_row[i]
-        gaps_s = np.diff(outcome.token_times_s[first : first + n_gaps[i] + 1])
-        kept[i] = np.quantile(gaps_s, slo.quantile) <= late_s
-    return kept
 
 
 def histogram(values_s: FloatArray) -> list[int]:

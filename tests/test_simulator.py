@@ -276,6 +276,21 @@ def test_an_outcome_agrees_with_a_plain_reckoning() -> None:
     assert outcome.tokens_in_slo(0.0165) == np.mean(np.array(gaps) <= 0.0165)
 
 
+@pytest.mark.parametrize("text", ["tbt:16.5", "tbt:16 quantile:0.9", "tpot:14 ttft:300", "e2el:900 tbt:16.5"])
+@pytest.mark.parametrize("until_s", [5.0, np.inf])
+def test_requests_are_judged_as_the_slo_judges_each(text: str, until_s: float) -> None:
+    slo, requests = Slo.parse(text), workload(150, rate=8.0)
+    simulation = Simulation(Plant(CONFIG, MODEL), requests)
+    simulation.run_static(192, 192, until_s)
+    outcome = simulation.outcome()
+    rows = zip(outcome.first_token_row, requests.output_tokens, strict=True)
+    times = [outcome.token_times_s[row : row + n] for row, n in rows]
+    latencies = zip(outcome.finished, outcome.ttft_s, times, outcome.e2el_s, strict=True)
+    expected = [bool(done) and slo.met(ttft, np.diff(t), e2el) for done, ttft, t, e2el in latencies]
+    assert outcome.met(slo).tolist() == expected
+    assert 0 < sum(expected) < len(expected)
+
+
 def test_a_stalled_law_gains_nothing_by_the_cut() -> None:
     """Few tokens early and none after: the time until the cut counts, not that until the last token."""
     requests = Workload(np.arange(11) * 0.01, np.array([10] * 10 + [1900]), np.array([1] * 11))
