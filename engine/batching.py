@@ -31,9 +31,14 @@ class RequestArrays(NamedTuple):
 
     A request is a decode when `context >= prefill_end`: `prefill_end` counts the tokens that were known when it was
     (re)admitted, so a preempted request prefills its prompt and its output again.
+
+    A request can be scheduled while `context < context_limit`. On one stage that is all its tokens but the last, which
+    is never computed: what an iteration in flight samples is on the device when the next one needs it. In a pipeline
+    the first stage needs it while the last has yet to sample it, so the limit is the tokens whose values are known.
     """
 
-    context: IntArray  # tokens in the KV cache
+    context: IntArray  # tokens in the KV cache, once all that is in flight has run
+    context_limit: IntArray
     prefill_end: IntArray  # tokens to have there before its next token can be sampled
     held_blocks: IntArray  # KV blocks in its table
     freeable_blocks: IntArray  # of those, the ones that its preemption would free (the rest are shared)
@@ -48,18 +53,24 @@ class Limits(NamedTuple):
     max_budget_tokens: int
     block_tokens: int
     tile_tokens: int
+    stages: int  # of the pipeline
+    depth: int  # iterations in flight at once
 
 
 class Plan(NamedTuple):
-    """Where the rule writes its answer, int64: rows (slot, tokens) of the batch, and the slots it preempts."""
+    """Where the rule writes its answer, int64: rows (slot, tokens) of the batch, and the slots it preempts.
+
+    `ready` are its notes: those of the running that it can schedule.
+    """
 
     slots: IntArray
     tokens: IntArray
     preempted: IntArray
+    ready: IntArray
 
 
 def empty_plan(max_requests: int) -> Plan:
-    return Plan(*(np.zeros(max_requests, np.int64) for _ in range(3)))
+    return Plan(*(np.zeros(max_requests, np.int64) for _ in Plan._fields))
 
 
 @compiled
@@ -68,17 +79,32 @@ def _whole_tiles(tokens: int, tile_tokens: int) -> int:
 
 
 @compiled
+def _ready(running: IntArray, requests: RequestArrays, stages: int, plan: Plan) -> tuple[int, int]:
+    """Write those that can be scheduled to `plan.ready`, oldest first. Returns (their number, most decodes of a batch).
+
+    The microbatches of a pipeline share all decodes evenly, also those that are in flight.
+    """
+    ready = decodes = 0
+    for slot in running:
+        context = requests.context[slot]
+        decodes += context >= requests.prefill_end[slot]
+        plan.ready[ready] = slot
+        ready += context < requests.context_limit[slot]
+    return ready, -(-decodes // stages)
+
+
+@compiled
 def _place_decodes(
-    running: IntArray, requests: RequestArrays, limits: Limits, free: int, plan: Plan
+    running: IntArray, most: int, requests: RequestArrays, limits: Limits, free: int, plan: Plan
 ) -> tuple[int, int, int, int]:
-    """Serve every decode, oldest first; where blocks run out the youngest request is preempted (recompute).
+    """Serve the decodes, oldest first, `most` of them; where blocks run out the youngest is preempted (recompute).
 
     Returns (rows placed, requests still running, blocks still free, requests preempted).
     """
     context, prefill_end, held_blocks = requests.context, requests.prefill_end, requests.held_blocks
     rows, end, n_preempted = 0, len(running), 0
     i = 0
-    while i < end:
+    while i < end and rows < most:
         slot = running[i]
         i += 1
         if context[slot] < prefill_end[slot]:
@@ -183,33 +209,33 @@ def form_batch(
     matters to "chunks-only": it is true when the iteration before decoded. The rows of the batch are written to
     `plan`: decodes, then running prefills, then the requests admitted (the first ones of `waiting`).
 
-    Whatever the knobs: every decode is served (a budget below their number counts as their number), the total stays
-    within the budget, a chunk within the cap; knobs above one tile are cut down to whole tiles; requests over a lowered
-    limit drain. A request is preempted only when KV blocks run out, and then nothing is admitted.
+    Whatever the knobs: every decode that is ready is served, in a pipeline its share of them (a budget below their
+    number counts as their number), the total stays within the budget, a chunk within the cap; knobs above one tile are
+    cut down to whole tiles; requests over a lowered limit drain. A request is preempted only when KV blocks run out,
+    and then nothing is admitted.
 
     Returns (decodes, running prefills, admitted, preempted).
     """
+    n_running = most_decodes = len(running)
+    if limits.depth > 1:
+        n_ready, most_decodes = _ready(running, requests, limits.stages, plan)
+        running = plan.ready[:n_ready]
     budget = _whole_tiles(budget_tokens, limits.tile_tokens)
     chunk = _whole_tiles(chunk_tokens, limits.tile_tokens)
-    whole = schedule in (PREFILL_FIRST, ORCA, REQUEST_LEVEL)
-    mixes = schedule in (STALL_FREE, ORCA)
-    end, n_admitted = len(running), 0
-
-    prefills_before = schedule == PREFILL_FIRST or (schedule == CHUNKS_ONLY and prefill_turn)
-    if prefills_before or (schedule == REQUEST_LEVEL and end == 0):
+    first_chunk = 0 if schedule in (PREFILL_FIRST, ORCA, REQUEST_LEVEL) else chunk
+    end, n_admitted, room = len(running), 0, limits.max_budget_tokens
+    if schedule == PREFILL_FIRST or (schedule == CHUNKS_ONLY and prefill_turn):
         rows, left = _place_running_prefills(running, end, requests, chunk, budget, plan, 0)
-        room = limits.max_budget_tokens
-        n_admitted = _admit(waiting, end, requests, limits, free_blocks, 0 if whole else chunk, left, room, plan, rows)
+        n_admitted = _admit(waiting, n_running, requests, limits, free_blocks, first_chunk, left, room, plan, rows)
         if rows + n_admitted > 0:
             return 0, rows, n_admitted, 0
-
-    n_decodes, end, free, n_preempted = _place_decodes(running, requests, limits, free_blocks, plan)
-    if n_decodes > 0 and not mixes:
+    n_decodes, end, free, n_preempted = _place_decodes(running, most_decodes, requests, limits, free_blocks, plan)
+    if n_decodes > 0 and schedule not in (STALL_FREE, ORCA):
         return n_decodes, 0, 0, n_preempted
     rows, left = n_decodes, budget - n_decodes
     if n_decodes < end:
         rows, left = _place_running_prefills(running, end, requests, chunk, left, plan, rows)
-    if n_preempted == 0 and not (schedule == REQUEST_LEVEL and end > 0):
-        room = limits.max_budget_tokens - n_decodes
-        n_admitted = _admit(waiting, end, requests, limits, free, 0 if whole else chunk, left, room, plan, rows)
+    if n_preempted == 0 and not (schedule == REQUEST_LEVEL and n_running > 0):
+        room -= n_decodes
+        n_admitted = _admit(waiting, n_running, requests, limits, free, first_chunk, left, room, plan, rows)
     return n_decodes, rows - n_decodes, n_admitted, n_preempted

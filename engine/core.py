@@ -1,5 +1,7 @@
 """The engine's main loop: knobs, batch, run, report."""
 
+import logging
+from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -8,7 +10,13 @@ from engine.config import EngineConfig
 from engine.link import Link
 from engine.request import Batch, StepResult, TokenOutput
 from engine.scheduler import Scheduler
+from engine.step_input import OutOfDeviceMemory
 from engine.telemetry import Reporter
+
+logger = logging.getLogger(__name__)
+
+NO_MEMORY = "the device ran out of memory for this request: try again later, or shorten the prompt"
+"""What the clients of requests that are ended for want of memory read; the log has the details."""
 
 
 class Pending(Protocol):
@@ -19,16 +27,20 @@ class Pending(Protocol):
 
 
 class Runner(Protocol):
-    """Computes batches: a real model, or a model of its step time."""
+    """Computes batches, in the order of their launches: a real model, or a model of its step time."""
 
     def launch(self, batch: Batch) -> Pending:
-        """Start computing; must not wait for the device."""
+        """Start computing; must not wait for the device. A batch has at least one row.
+
+        Raises OutOfDeviceMemory; the batch is then as if it had never been launched, except that tokens which were on
+        the device alone may be lost to later launches.
+        """
 
 
 class EngineCore:
     """One engine without its sockets to the world: `scheduler`, `runner`, `link` and `clock` are what it is made of.
 
-    `clock` gives monotonic nanoseconds; `deliver` takes the tokens of an iteration, once the next one runs. With a real
+    `clock` gives monotonic nanoseconds; `deliver` takes the tokens of an iteration, once another one runs. With a real
     runner and sockets this is the live engine; with a simulated runner and a virtual clock it is the simulator; the
     core never asks which.
     """
@@ -46,29 +58,61 @@ class EngineCore:
         self.scheduler = scheduler
         self._deliver = deliver
         self._tokens: list[TokenOutput] = []
+        self._depth = config.depth
+        self._in_flight: deque[tuple[Batch, Pending]] = deque()  # oldest first
         self._runner = runner
         self._clock = clock
         self._actuator = Actuator(config, link)
         self._reporter = Reporter(engine_id, config, scheduler, link, clock)
 
     def step(self) -> None:
-        """Run one iteration. A decision costs the engine no time: it is read, never awaited."""
+        """Launch an iteration; once `depth` are in flight, or if no batch can be formed, wait for the oldest.
+
+        A decision costs the engine no time: it is read, never awaited.
+        """
         now_ns = self._clock()
         knobs = self._actuator.read(now_ns)
         batch = self.scheduler.schedule(knobs.budget_tokens, knobs.chunk_tokens, now_ns)
-        pending = self._runner.launch(batch)
+        launches = bool(batch.requests)
+        if launches:
+            try:
+                self._in_flight.append((batch, self._runner.launch(batch)))
+            except OutOfDeviceMemory as error:
+                self._give_up(batch, error)
+                return
         self._hand_over()  # all that is sent is sent while the device works
-        self._reporter.launched(batch, knobs)
+        if launches:
+            self._reporter.launched(batch, knobs)
+        if not launches or len(self._in_flight) == self._depth:
+            self._complete()
+
+    def idle(self) -> None:
+        """Hand over the last tokens, and keep in touch with the controller while there is nothing to run."""
+        assert not self._in_flight, "idle, but a batch is in flight"
+        self._hand_over()
+        self._reporter.idle(self._actuator.read(self._clock()))
+
+    def _give_up(self, batch: Batch, error: OutOfDeviceMemory) -> None:
+        """Go on without a batch that the device has no memory for, once all before it are done.
+
+        Then every token is known here, and the next batch needs none that was on the device alone.
+        """
+        ended = self.scheduler.give_up(batch, NO_MEMORY)
+        logger.error("ended %s: %s", ", ".join(token.request_id for token in ended), error)
+        self._tokens.extend(ended)
+        self._hand_over()
+        while self._in_flight:
+            self._complete()
+            self._hand_over()
+
+    def _complete(self) -> None:
+        assert self._in_flight, "there is work, but no batch can be formed and none is in flight"
+        batch, pending = self._in_flight.popleft()
         result = pending.result()
         completed_ns = self._clock()
         output = self.scheduler.update(batch, result.token_ids, completed_ns)
         self._tokens = output.tokens
         self._reporter.completed(result, output, completed_ns)
-
-    def idle(self) -> None:
-        """Hand over the last tokens, and keep in touch with the controller while there is nothing to run."""
-        self._hand_over()
-        self._reporter.idle(self._actuator.read(self._clock()))
 
     def _hand_over(self) -> None:
         if self._tokens:

@@ -196,7 +196,7 @@ class EngineClient:
         if output.finish_reason is FinishReason.ABORT:  # carries no token
             del self._open[output.request_id]
             self._metrics.aborted()
-            request.generation.fail(GenerationFailed("the engine refused the request; its log says why"))
+            request.generation.fail(GenerationFailed(output.error))
             return
         request.output_tokens += 1
         if request.output_tokens == 1:

@@ -86,9 +86,9 @@ class BatchComposition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """Who waits after the batch was formed.
 
-    The head prefill is the first request with prompt left to compute: the oldest running one, else the head of the
-    waiting queue. The oldest wait counts from the arrival of the head of the waiting queue, which may have run before
-    it was preempted.
+    The head prefill is the first request that had prompt left to compute when the batch was formed: the oldest running
+    one, else the head of the waiting queue. What the batch computes of it is still counted as left. The oldest wait
+    counts from the arrival of the head of the waiting queue, which may have run before it was preempted.
     """
 
     running_requests: int = 0
@@ -142,8 +142,11 @@ class Telemetry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=Fals
     """One message per iteration, at launch; an idle engine repeats its last iteration number with an empty batch.
 
     `engine_id` is new at every start of an engine. `dead_time_iterations` is how many iterations pass between the one
-    whose launch this reports and the first that the answer can act on. `preemptions` and `rejected_knobs` count
-    since start. `kv_usage` is the used share of the KV blocks, 0 to 1.
+    whose launch this reports and the first that the answer can act on. With k iterations in flight it is 1 as well: the
+    engine forms an iteration when the oldest of k has ended, so the answer has an iteration's time to arrive, but for
+    the k - 1 that follow one another at once when work begins. What `completed` tells is then k - 1 iterations older:
+    iteration N is launched when N - k has ended. `preemptions` and `rejected_knobs` count since start. `kv_usage` is
+    the used share of the KV blocks, 0 to 1.
     """
 
     version: int

@@ -4,14 +4,14 @@ The HTTP server and the engine are two processes; they exchange these structs ov
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.protocol import StageTimes
+from engine.protocol import Finished, StageTimes
 
 IntArray = NDArray[np.int64]
 
@@ -66,7 +66,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     """Engine to server: one new token of one request, and why it ended if it did.
 
     `queue_s` (arrival to first scheduled) comes with the first token; `cached_tokens` of the prompt came from the
-    prefix cache.
+    prefix cache. When the engine gives a request up (ABORT), `error` says why and `token_id` is -1, no token.
     """
 
     request_id: str
@@ -74,6 +74,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None = None
     queue_s: float | None = None
     cached_tokens: int = 0
+    error: str = ""
 
 
 ToEngine = Submit | Abort
@@ -86,7 +87,8 @@ FromEngine = list[TokenOutput]
 class Request:
     """A request inside the engine: its tokens, and where it stands.
 
-    `slot` is its row in the scheduler's arrays, which hold the numbers that the batching rule reads.
+    `slot` is its row in the scheduler's arrays, which hold the numbers that the batching rule reads. `generation`
+    counts up when the request is preempted, aborted or done: its rows in batches formed before count no more.
     """
 
     __slots__ = (
@@ -94,7 +96,9 @@ class Request:
         "block_hashes",
         "cached_tokens",
         "first_scheduled_ns",
+        "generation",
         "id",
+        "last_token_ns",
         "n_prompt",
         "sampling",
         "seed",
@@ -111,6 +115,8 @@ class Request:
         self.slot = slot
         self.arrival_ns = arrival_ns
         self.first_scheduled_ns: int | None = None
+        self.last_token_ns = 0  # when its newest token was there; 0 until its first
+        self.generation = 0
         self.cached_tokens = 0
         self.block_hashes: list[bytes] = []  # of full blocks, filled only with prefix caching
 
@@ -123,9 +129,13 @@ class Request:
 class Batch:
     """One iteration's work, decided by the scheduler: row i computes `n_tokens[i]` tokens of `requests[i]`.
 
-    `context[i]` tokens of it are already in the KV cache. Rows are decodes first (`n_decodes` of them), then prefill
-    chunks. Arrays are int64 of length n; `samples` (bool) marks the rows that yield a token. `block_tables` is int32
-    [n, max_blocks], row i holding the ids of the request's KV blocks in order (entries past its length are 0).
+    `context[i]` tokens of it are in the KV cache once the batches launched before have run. Rows are decodes first
+    (`n_decodes` of them), then prefill chunks; no request has two. A decode with `context[i] == len(token_ids)` when
+    the batch is launched computes a token that is still in flight: the batch launched just before samples it.
+
+    Arrays are int64 of length n; `samples` (bool) marks the rows that yield a token. `block_tables` is int32
+    [n, most blocks of a row], row i holding the ids of the request's KV blocks in order (entries past its length are
+    0). `generations` are the requests' own when the batch was formed, for the scheduler to compare.
     """
 
     requests: list[Request]
@@ -135,6 +145,19 @@ class Batch:
     context: IntArray
     samples: NDArray[np.bool_]
     block_tables: NDArray[np.int32]
+    generations: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What an iteration gave: tokens for the clients, and what `Completion` reports of them."""
+
+    tokens: list[TokenOutput] = field(default_factory=list)
+    tbt_s: list[float] = field(default_factory=list)
+    tbt_slots: list[int] = field(default_factory=list)
+    ttft_s: list[float] = field(default_factory=list)
+    ttft_slots: list[int] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
 
 
 @dataclass(slots=True)

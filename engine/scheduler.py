@@ -4,32 +4,26 @@ No torch, no clock: times come in as arguments, so the same scheduler serves the
 """
 
 from collections import deque
-from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
 
 from engine.batching import SCHEDULES, Limits, RequestArrays, empty_plan, form_batch
-from engine.block_manager import BlockManager, extend_hashes
+from engine.block_manager import BlockManager
 from engine.config import EngineConfig
+from engine.prefix_cache import cached_blocks, look_up, remember
 from engine.protocol import Finished, QueueState
-from engine.request import Abort, Batch, FinishReason, IntArray, Request, Submit, TokenOutput
-
-
-@dataclass(slots=True)
-class StepOutput:
-    """What an iteration gave: tokens for the clients, and what `Completion` reports of them."""
-
-    tokens: list[TokenOutput] = field(default_factory=list)
-    tbt_s: list[float] = field(default_factory=list)
-    tbt_slots: list[int] = field(default_factory=list)
-    ttft_s: list[float] = field(default_factory=list)
-    ttft_slots: list[int] = field(default_factory=list)
-    finished: list[Finished] = field(default_factory=list)
+from engine.request import Abort, Batch, FinishReason, Request, StepOutput, Submit, TokenOutput
 
 
 class Scheduler:
-    """Requests in, batches out. `schedule` and `update` alternate; `submit` and `abort` come between iterations."""
+    """Requests in, batches out; each batch formed by `schedule` comes back to `update`, in the same order.
+
+    A batch that could not be launched goes to `give_up` instead, before another is formed.
+
+    Up to `config.depth` of them are in flight. `submit` and `abort` come in between. Blocks that come free may go to
+    the next batch at once, whatever is in flight: the device runs batches in order.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -43,17 +37,21 @@ class Scheduler:
         self._by_id: dict[str, Request] = {}
         self._free_slots: list[int] = []
         self._arrays = RequestArrays(*(np.zeros(0, np.int64) for _ in RequestArrays._fields))
-        self._last_token_ns: IntArray = np.zeros(0, np.int64)
-        self._limits = Limits(config.max_requests, config.max_budget_tokens, config.block_tokens, config.tile_tokens)
+        self._limits = Limits(
+            *(config.max_requests, config.max_budget_tokens, config.block_tokens, config.tile_tokens),
+            *(config.pipeline_parallel, config.depth),
+        )
         self._plan = empty_plan(config.max_requests)
         self._by_slot: dict[int, Request] = {}
+        self._in_flight = 0
         self._prefill_turn = True
         self._submitted = 0
         self._waiting_tokens = 0
 
     @property
     def has_work(self) -> bool:
-        return bool(self._by_id)
+        """Whether there are requests to serve, or batches in flight (if only for requests that were aborted)."""
+        return bool(self._by_id) or self._in_flight > 0
 
     def submit(self, submit: Submit, now_ns: int) -> None:
         """Queue a request. Raises ValueError if it cannot ever run here (the server has checked; others may not)."""
@@ -80,7 +78,10 @@ class Scheduler:
         self._reset(request)
 
     def abort(self, abort: Abort) -> None:
-        """Forget a request and free its blocks; one that has already ended is nothing to do."""
+        """Forget a request and free its blocks; one that has already ended is nothing to do.
+
+        What is in flight of it is computed for nothing.
+        """
         request = self._by_id.get(abort.request_id)
         if request is None:
             return
@@ -88,15 +89,18 @@ class Scheduler:
             self.waiting.remove(request)
             self._waiting_tokens -= len(request.token_ids)
         else:
-            self.running.remove(request)
-            self._prefilling = [r for r in self._prefilling if r is not request]
+            self._stop(request)
         self._drop(request)
 
     def schedule(self, budget_tokens: int, chunk_tokens: int, now_ns: int) -> Batch:
-        """Form the next batch under the knobs and take its KV blocks. An empty batch means that nothing can run."""
+        """Form the next batch under the knobs and take its KV blocks.
+
+        An empty batch means that nothing can run until one in flight has ended; it is not to be given to `update`.
+        """
+        assert self._in_flight < self.config.depth, "as many batches are in flight as there may be"
         candidates = list(islice(self.waiting, self.config.max_requests))
         if self.config.prefix_caching:
-            self._look_up_prefixes(candidates)
+            look_up(candidates, self.running, self._arrays, self.blocks)
         else:
             self._arrays.freeable_blocks[:] = self.blocks.held
         self._arrays.held_blocks[:] = self.blocks.held
@@ -114,42 +118,59 @@ class Scheduler:
         )
         self._preempt(n_preempted)
         self._admit(n_admitted, now_ns)
-        self._prefill_turn = n_decodes > 0
-        return self._take(n_decodes, n_decodes + n_prefills + n_admitted)
+        n_rows = n_decodes + n_prefills + n_admitted
+        if n_rows > 0:
+            self._prefill_turn = n_decodes > 0
+            self._in_flight += 1
+        return self._take(n_decodes, n_rows)
 
     def update(self, batch: Batch, token_ids: list[int], now_ns: int) -> StepOutput:
-        """Book a completed batch: `token_ids` holds one token for each row of the batch that samples."""
-        self._arrays.context[batch.slots] += batch.n_tokens
-        self._prefilling = [r for r in self._prefilling if not self._is_prefilled(r)]
-        sampled = batch.slots[batch.samples]
-        gaps_ns = (now_ns - self._last_token_ns[sampled]).tolist()
-        self._last_token_ns[sampled] = now_ns
+        """Book a completed batch: `token_ids` holds one token for each row of the batch that samples.
+
+        Rows of requests that were aborted, preempted or done since the batch was formed are ignored.
+        """
+        self._in_flight -= 1
         output = StepOutput()
-        rows = np.flatnonzero(batch.samples).tolist()
-        for row, token_id, gap_ns in zip(rows, token_ids, gaps_ns, strict=True):
+        for row, token_id in zip(np.flatnonzero(batch.samples).tolist(), token_ids, strict=True):
             request = batch.requests[row]
-            first = request.n_output == 0
-            if first:
-                output.ttft_s.append((now_ns - request.arrival_ns) * 1e-9)
-                output.ttft_slots.append(request.slot)
-            else:
-                output.tbt_s.append(gap_ns * 1e-9)
-                output.tbt_slots.append(request.slot)
-            output.tokens.append(self._book(request, token_id, first))
+            if request.generation == batch.generations[row]:
+                self._book(request, token_id, now_ns, output)
+        if self.config.pipeline_parallel > 1:  # the next token of each can be computed from now on
+            self._arrays.context_limit[output.ttft_slots + output.tbt_slots] += 1
         if self.config.prefix_caching:
-            self._remember_blocks(batch)
+            remember(batch, self.blocks)
         for token in output.tokens:
             if token.finish_reason is not None:
                 request = self._by_id[token.request_id]
                 output.finished.append(Finished(request.slot, request.arrival_ns, request.n_prompt, request.n_output))
-                self.running.remove(request)
+                self._stop(request)
                 self._drop(request)
         return output
 
-    def queue_state(self, now_ns: int) -> QueueState:
-        """Who waits now, after `schedule`."""
-        head = self._prefilling[0] if self._prefilling else self.waiting[0] if self.waiting else None
-        head_context = int(self._arrays.context[head.slot]) if head else 0
+    def give_up(self, batch: Batch, error: str) -> list[TokenOutput]:
+        """Take back the batch formed last, which needs more memory than there is, and make the next one need less.
+
+        The requests with prompt chunks in it end, of decodes alone the youngest; there is always one. The other rows
+        are scheduled again. Returns the ends, which tell the clients `error`.
+        """
+        assert np.array_equal(self._arrays.context[batch.slots], batch.context + batch.n_tokens), "not formed last"
+        self._in_flight -= 1
+        self._arrays.context[batch.slots] = batch.context
+        ended = batch.requests[batch.n_decodes :] or batch.requests[-1:]
+        for request in ended:
+            self._stop(request)
+            self._drop(request)
+        return [TokenOutput(request.id, -1, FinishReason.ABORT, error=error) for request in ended]
+
+    def queue_state(self, batch: Batch | None, now_ns: int) -> QueueState:
+        """Who waits when `batch` has just been formed; None: there was nothing to form."""
+        head: Request | None = None
+        head_context = 0
+        if batch and len(batch.requests) > batch.n_decodes:  # the head is in the batch, if any prompt is
+            head, head_context = batch.requests[batch.n_decodes], int(batch.context[batch.n_decodes])
+        elif self._prefilling or self.waiting:
+            head = self._prefilling[0] if self._prefilling else self.waiting[0]
+            head_context = int(self._arrays.context[head.slot])
         return QueueState(
             running_requests=len(self.running),
             waiting_requests=len(self.waiting),
@@ -167,26 +188,34 @@ class Scheduler:
         assert len(self._by_id) == len(self.running) + len(self.waiting) == len(self._by_slot)
         assert self._prefilling == [r for r in self.running if not self._is_prefilled(r)]
         assert self._waiting_tokens == sum(len(r.token_ids) for r in self.waiting)
+        slots = [r.slot for r in self.running]
+        assert np.all(self._arrays.context[slots] <= self._arrays.context_limit[slots]), "a row beyond the last token"
+        assert 0 <= self._in_flight <= self.config.depth
 
     def _is_prefilled(self, request: Request) -> bool:
         return bool(self._arrays.context[request.slot] >= self._arrays.prefill_end[request.slot])
 
     def _grow(self) -> None:
-        size = len(self._last_token_ns)
+        size = len(self._arrays.context)
         more = max(64, size)
         self._arrays = RequestArrays(*(np.concatenate([a, np.zeros(more, np.int64)]) for a in self._arrays))
-        self._last_token_ns = np.concatenate([self._last_token_ns, np.zeros(more, np.int64)])
         self._free_slots.extend(range(size + more - 1, size - 1, -1))
         self.blocks.grow(size + more)
 
     def _reset(self, request: Request) -> None:
         for array in self._arrays:
             array[request.slot] = 0
-        self._arrays.prefill_end[request.slot] = len(request.token_ids)
-        self._arrays.need_blocks[request.slot] = self._prefill_blocks(request)
+        known = len(request.token_ids)
+        in_all = request.n_prompt + request.sampling.max_tokens
+        self._arrays.prefill_end[request.slot] = known
+        self._arrays.context_limit[request.slot] = known if self.config.pipeline_parallel > 1 else in_all - 1
+        self._arrays.need_blocks[request.slot] = -(-known // self.config.block_tokens)
 
-    def _prefill_blocks(self, request: Request) -> int:
-        return -(-len(request.token_ids) // self.config.block_tokens)
+    def _stop(self, request: Request) -> None:
+        """Take it out of the running ones, whatever is in flight of it."""
+        self.running.remove(request)
+        self._prefilling = [r for r in self._prefilling if r is not request]
+        request.generation += 1
 
     def _drop(self, request: Request) -> None:
         self.blocks.release(request.slot)
@@ -197,9 +226,7 @@ class Scheduler:
         """Recompute preemption: blocks are freed, the tokens so far become the prompt, first in the queue again."""
         for slot in self._plan.preempted[:n_preempted].tolist():
             request = self._by_slot[slot]
-            assert self.running[-1] is request, "the batching rule preempts from the tail"
-            self.running.pop()
-            self._prefilling = [r for r in self._prefilling if r is not request]
+            self._stop(request)
             self.blocks.release(slot)
             self._reset(request)
             self.waiting.appendleft(request)
@@ -211,7 +238,7 @@ class Scheduler:
         for request in admitted:  # all cached blocks first, before any of them could be taken as a free one
             if self.config.prefix_caching:
                 cached = int(self._arrays.cached_tokens[request.slot])
-                self.blocks.share(request.slot, self._cached_blocks(request))
+                self.blocks.share(request.slot, cached_blocks(request, self.blocks))
                 self._arrays.context[request.slot] = cached
                 if request.first_scheduled_ns is None:
                     request.cached_tokens = cached
@@ -224,17 +251,29 @@ class Scheduler:
         self._prefilling.extend(admitted)
 
     def _take(self, n_decodes: int, n_rows: int) -> Batch:
+        """The planned batch, with blocks for its tokens; contexts go on as if it had run."""
         slots = self._plan.slots[:n_rows].copy()
         n_tokens = self._plan.tokens[:n_rows].copy()
         context = self._arrays.context[slots]
         full = context[:n_decodes] >= self.blocks.held[slots[:n_decodes]] * self.config.block_tokens
         for row in np.flatnonzero(full).tolist():
             self.blocks.extend(int(slots[row]), int(context[row]) + 1)
-        samples = context + n_tokens >= self._arrays.prefill_end[slots]
+        ends = context + n_tokens
+        samples = ends >= self._arrays.prefill_end[slots]
+        self._arrays.context[slots] = ends
+        if n_rows > n_decodes:
+            self._prefilling = [r for r in self._prefilling if not self._is_prefilled(r)]
         requests = [self._by_slot[slot] for slot in slots.tolist()]
-        return Batch(requests, n_decodes, slots, n_tokens, context, samples, self.blocks.tables[slots])
+        tables = self.blocks.tables[slots, : self.blocks.held[slots].max(initial=0)]
+        generations = [r.generation for r in requests]
+        return Batch(requests, n_decodes, slots, n_tokens, context, samples, tables, generations)
 
-    def _book(self, request: Request, token_id: int, first: bool) -> TokenOutput:
+    def _book(self, request: Request, token_id: int, now_ns: int, output: StepOutput) -> None:
+        first = request.n_output == 0
+        since_ns = request.arrival_ns if first else request.last_token_ns
+        (output.ttft_s if first else output.tbt_s).append((now_ns - since_ns) * 1e-9)
+        (output.ttft_slots if first else output.tbt_slots).append(request.slot)
+        request.last_token_ns = now_ns
         request.token_ids.append(token_id)
         reason = None
         if token_id in request.sampling.stop_token_ids:
@@ -242,32 +281,8 @@ class Scheduler:
         elif request.n_output >= request.sampling.max_tokens:
             reason = FinishReason.LENGTH
         if not first:
-            return TokenOutput(request.id, token_id, reason)
+            output.tokens.append(TokenOutput(request.id, token_id, reason))
+            return
         assert request.first_scheduled_ns is not None, "a request has a token before it was scheduled"
         queue_s = (request.first_scheduled_ns - request.arrival_ns) * 1e-9
-        return TokenOutput(request.id, token_id, reason, queue_s, request.cached_tokens)
-
-    def _cached_blocks(self, request: Request) -> list[int]:
-        """Cached blocks of its prefix, short of the last token: at least one must be computed to sample the next."""
-        usable = (len(request.token_ids) - 1) // self.config.block_tokens
-        return self.blocks.find_prefix(request.block_hashes[:usable])
-
-    def _look_up_prefixes(self, candidates: list[Request]) -> None:
-        for request in candidates:
-            extend_hashes(request.block_hashes, request.token_ids, self.config.block_tokens)
-            cached = self._cached_blocks(request)
-            self._arrays.cached_tokens[request.slot] = len(cached) * self.config.block_tokens
-            in_use = self.blocks.in_use(cached)  # by others: sharing them costs no free block
-            self._arrays.need_blocks[request.slot] = self._prefill_blocks(request) - in_use
-        for request in self.running:
-            self._arrays.freeable_blocks[request.slot] = self.blocks.freeable(request.slot)
-
-    def _remember_blocks(self, batch: Batch) -> None:
-        block_tokens = self.config.block_tokens
-        ends = self._arrays.context[batch.slots]
-        for request, start, end in zip(batch.requests, batch.context.tolist(), ends.tolist(), strict=True):
-            if start // block_tokens == end // block_tokens:
-                continue
-            extend_hashes(request.block_hashes, request.token_ids, block_tokens)
-            for index in range(start // block_tokens, end // block_tokens):
-                self.blocks.remember(request.slot, index, request.block_hashes[index])
+        output.tokens.append(TokenOutput(request.id, token_id, reason, queue_s, request.cached_tokens))

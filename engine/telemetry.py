@@ -1,14 +1,17 @@
 """Composes telemetry: what a batch is made of, and the measurements of the iterations that have ended."""
 
+from collections import deque
 from collections.abc import Callable
 
 from engine.config import EngineConfig
 from engine.link import Link
 from engine.protocol import VERSION, BatchComposition, Completion, InForce, Telemetry
-from engine.request import Batch, StepResult
-from engine.scheduler import Scheduler, StepOutput
+from engine.request import Batch, StepOutput, StepResult
+from engine.scheduler import Scheduler
 
-DEAD_TIME_ITERATIONS = 1  # a decision about iteration N is in force in N+1
+DEAD_TIME_ITERATIONS = 1
+"""A decision about iteration N is in force in N+1, however many are in flight: once they are as many as there may be,
+N+1 is formed when the oldest of them has ended, an iteration after the launch of N."""
 
 
 class Reporter:
@@ -24,21 +27,23 @@ class Reporter:
         self._scheduler = scheduler
         self._link = link
         self._clock = clock
+        self._in_flight: deque[tuple[int, int]] = deque()  # iteration, when it was scheduled
         self._completed: list[Completion] = []
-        self._scheduled_ns = 0
 
     def launched(self, batch: Batch, knobs: InForce) -> None:
         """Report iteration N while the device works on it, so that the answer is there when N+1 is formed."""
         self.iteration += 1
-        self._scheduled_ns = self._clock()
-        self._publish(compose(batch), knobs)
+        scheduled_ns = self._clock()
+        self._in_flight.append((self.iteration, scheduled_ns))
+        self._publish(batch, knobs, scheduled_ns)
 
     def completed(self, result: StepResult, output: StepOutput, completed_ns: int) -> None:
-        """Keep the measurements of the iteration launched last for the next message."""
+        """Keep the measurements of the oldest iteration in flight for the next message."""
+        iteration, scheduled_ns = self._in_flight.popleft()
         self._completed.append(
             Completion(
-                self.iteration,
-                self._scheduled_ns,
+                iteration,
+                scheduled_ns,
                 completed_ns,
                 result.device_s,
                 tuple(output.tbt_s),
@@ -52,21 +57,20 @@ class Reporter:
 
     def idle(self, knobs: InForce) -> None:
         """Report an empty batch: the last measurements get out, and a controller keeps in touch."""
-        self._scheduled_ns = self._clock()
-        self._publish(BatchComposition(), knobs)
+        self._publish(None, knobs, self._clock())
 
-    def _publish(self, batch: BatchComposition, knobs: InForce) -> None:
+    def _publish(self, batch: Batch | None, knobs: InForce, scheduled_ns: int) -> None:
         telemetry = Telemetry(
             version=VERSION,
             engine_id=self._engine_id,
             iteration=self.iteration,
-            scheduled_ns=self._scheduled_ns,
+            scheduled_ns=scheduled_ns,
             schedule=self._config.schedule,
             dead_time_iterations=DEAD_TIME_ITERATIONS,
             knobs=knobs,
             bounds=self._bounds,
-            batch=batch,
-            queue=self._scheduler.queue_state(self._scheduled_ns),
+            batch=compose(batch) if batch else BatchComposition(),
+            queue=self._scheduler.queue_state(batch, scheduled_ns),
             kv_usage=self._scheduler.blocks.usage,
             preemptions=self._scheduler.preemptions,
             rejected_knobs=self._link.rejected,

@@ -5,10 +5,10 @@
 
 import numpy as np
 
-from engine.batching import REQUEST_LEVEL, Limits, form_batch
+from engine.batching import form_batch
 from engine.compiled import inlined
-from envs.stages import drain, drop_without_blocks, launch, mean_s, retire
-from envs.state import IntArray, Rules, State
+from envs.stages import drain, drop_without_blocks, forget_tokens, launch, mean_s, retire
+from envs.state import Rules, State
 
 
 @inlined
@@ -20,8 +20,10 @@ def _blocks(tokens: int, block_tokens: int) -> int:
 def _enqueue(state: State, rules: Rules, slot: int) -> None:
     """Ready a request for (re)admission: what it has so far is its prompt."""
     known = state.requests.prompt_tokens[slot] + state.requests.produced[slot]
-    held = state.requests.prompt_tokens[slot] + state.requests.output_tokens[slot] if rules.reserve_output else known
+    in_all = state.requests.prompt_tokens[slot] + state.requests.output_tokens[slot]
+    held = in_all if rules.reserve_output else known
     state.arrays.context[slot] = 0
+    state.arrays.context_limit[slot] = known if rules.limits.stages > 1 else in_all - 1
     state.arrays.prefill_end[slot] = known
     state.arrays.need_blocks[slot] = _blocks(held, rules.limits.block_tokens)
     state.scalars[0].waiting_tokens += known
@@ -38,40 +40,20 @@ def _arrive(state: State, rules: Rules) -> None:
 
 
 @inlined
-def _candidates(state: State) -> IntArray:
-    """The running requests that can be scheduled, oldest first."""
-    s = state.scalars[0]
-    if s.in_flight == 0:
-        return state.running[: s.n_running]
-    n = 0
-    for i in range(s.n_running):
-        slot = state.running[i]
-        state.candidates[n] = slot
-        n += 1 - state.requests.flying[slot]
-    return state.candidates[:n]
-
-
-@inlined
 def _plan_batch(state: State, rules: Rules, budget: int, chunk: int) -> tuple[int, int, int, int]:
     """What the engine's rule would do under these knobs: the plan is written, nothing else changes."""
-    s, limits = state.scalars[0], rules.limits
-    seats = Limits(
-        limits.max_requests - s.flying_requests, limits.max_budget_tokens, limits.block_tokens, limits.tile_tokens
-    )
-    end = min(s.tail, s.head + limits.max_requests)
-    if rules.schedule == REQUEST_LEVEL and s.n_running > 0:
-        end = s.head  # the group may be on the stages, where the rule does not see it
-    waiting = state.waiting[s.head : end]
+    s = state.scalars[0]
+    waiting = state.waiting[s.head : min(s.tail, s.head + rules.limits.max_requests)]
     return form_batch(
         rules.schedule,
         budget,
         chunk,
         s.prefill_turn == 1,
         s.free_blocks,
-        _candidates(state),
+        state.running[: s.n_running],
         waiting,
         state.arrays,
-        seats,
+        rules.limits,
         state.plan,
     )
 
@@ -121,6 +103,7 @@ def _form(state: State, rules: Rules, budget: int, chunk: int) -> int:
         slot = plan.preempted[i]
         s.free_blocks += arrays.held_blocks[slot]
         arrays.held_blocks[slot] = 0
+        forget_tokens(state, slot)
         _enqueue(state, rules, slot)
         s.head -= 1
         state.waiting[s.head] = slot
@@ -167,21 +150,18 @@ def _log(state: State) -> None:
 
 @inlined
 def advance(state: State, rules: Rules, budget: int, chunk: int, limit_s: float) -> int:
-    """Launch one iteration, and book all that completed before it was formed.
+    """Launch one iteration, as soon as the live engine would, and book all that completed before it was formed.
 
     Under the clairvoyant law (`limit_s` > 0) the knobs are ignored. Returns the rows of its batch; 0 if nothing is left
     to run for now: the next call then begins at the next arrival.
     """
     s = state.scalars[0]
     s.n_done = s.n_gaps = s.n_firsts = s.n_finished = 0
-    n_stages, n_requests = len(state.flight.rows), len(state.requests.arrival_s)
+    n_requests, wait = len(state.requests.arrival_s), s.in_flight == rules.limits.depth
     if s.in_flight == 0 and s.head == s.tail and s.n_running == 0 and s.arrived < n_requests:
         s.now_s = s.work_since_s = max(s.now_s, state.requests.arrival_s[s.arrived])
     while True:
-        s.now_s = max(s.now_s, s.next_free_s)
-        if s.in_flight == n_stages:
-            s.now_s = max(s.now_s, state.flight.completed_s[s.oldest])
-        while s.in_flight > 0 and state.flight.completed_s[s.oldest] <= s.now_s:
+        if wait:
             retire(state)
         _arrive(state, rules)
         if limit_s > 0.0:
@@ -193,9 +173,7 @@ def advance(state: State, rules: Rules, budget: int, chunk: int, limit_s: float)
         if s.in_flight == 0:
             drain(state)
             return 0
-        s.now_s = state.flight.completed_s[s.oldest]  # all that runs is on the stages
-        if s.arrived < n_requests:
-            s.now_s = min(s.now_s, max(state.requests.arrival_s[s.arrived], s.next_free_s))
+        wait = True  # for what is in flight: nothing else can run
 
 
 @inlined
@@ -220,11 +198,14 @@ def run(
 
 
 @inlined
-def head_prefill(state: State) -> int:
-    """The slot of the oldest running request with prompt left to compute, else of the first waiting one, else -1."""
+def head_prefill(state: State) -> tuple[int, int]:
+    """The head prefill as telemetry has it, after `advance`: its slot and its context. Slot -1: there is none."""
     s = state.scalars[0]
+    if s.prefills > 0:  # then it is in the batch
+        slot = state.plan.slots[s.decodes]
+        return int(slot), int(state.arrays.context[slot] - state.plan.tokens[s.decodes])
     for i in range(s.n_running):
         slot = state.running[i]
         if state.arrays.context[slot] < state.arrays.prefill_end[slot]:
-            return int(slot)
-    return int(state.waiting[s.head]) if s.head < s.tail else -1
+            return int(slot), int(state.arrays.context[slot])
+    return (int(state.waiting[s.head]) if s.head < s.tail else -1), 0

@@ -93,7 +93,7 @@ def lane_of(simulation: Simulation, promise: Promise, step_time: StepTimeModel |
 def _complete(lane: Lane, memory: Memory) -> Memory:
     """Remember the iterations that completed; as `Codec._done`."""
     s, report, arrival_s = lane.state.scalars[0], lane.state.report, lane.state.requests.arrival_s
-    n_stages, gap, first = len(lane.state.flight.rows), 0, 0
+    n_stages, gap, first = len(lane.state.stage_free_s), 0, 0
     for i in range(s.n_done):
         done = report.done[i]
         gaps, firsts, late, longest_s, ttft_s = done.gaps_end - gap, done.firsts_end - first, 0, 0.0, 0.0
@@ -151,10 +151,9 @@ def _predicted(lane: Lane, launched: bool, budget: int, head_context: int) -> tu
 def _now(lane: Lane, launched: bool, budget: int, chunk: int) -> Now:
     """What the telemetry of this launch would say."""
     state, s = lane.state, lane.state.scalars[0]
-    head = head_prefill(state)
-    head_context = head_remaining = 0
+    head, head_context = head_prefill(state)
+    head_remaining = 0
     if head >= 0:
-        head_context = state.arrays.context[head]
         head_remaining = state.arrays.prefill_end[head] - head_context
     decode_s, linear_s, batch_s, full_s = _predicted(lane, launched, budget, head_context)
     if launched:

@@ -63,12 +63,12 @@ def earned(state: State, credited: IntArray, promise: Promise, launched: bool) -
             total -= part * late_costs
             late += 1
     if launched:
-        ring = (s.oldest + s.in_flight - 1) % len(state.flight.rows)
+        ring = (s.oldest + s.in_flight - 1) % len(state.flight.samples)
         completed_s = state.flight.completed_s[ring]
         for row in range(s.decodes, s.rows):
             slot = state.plan.slots[row]
             prompt = requests.prompt_tokens[slot]
-            computed = min(state.arrays.context[slot] + state.plan.tokens[row], prompt)
+            computed = min(state.arrays.context[slot], prompt)
             if computed > credited[slot]:
                 left = 1.0 - (completed_s - requests.arrival_s[slot]) / promise.ttft_s
                 total += (computed - credited[slot]) / prompt * max(left, 0.0)

@@ -40,22 +40,21 @@ Decide = Callable[[Telemetry, int], tuple[int, int, str] | None]
 class Plant:
     """What is simulated: an engine by its own configuration, and how long its batches take.
 
-    `step_time` is the time of a batch on one of the `stages`, with the noise around it. Knobs that answer iteration N
-    act on iteration N + `dead_time_iterations`: 1 for the live engine, 2 under async scheduling, stages + 1 under
-    pipelined async scheduling. With `reserve_output`, KV for prompt and output is taken at admission, so nothing is
-    ever preempted; else the engine's rule (the prompt's blocks at admission) holds. No prefix cache is modelled.
+    `step_time` is the time of a batch on one of the pipeline's stages, with the noise around it. Forming a batch takes
+    none: look-ahead, which hides that, only delays what is heard and who is admitted. Knobs that answer iteration N act
+    on iteration N + `dead_time_iterations`: 1 for the live engine, however many are in flight; 2 in vLLM under async
+    scheduling, stages + 1 in its pipelines. With `reserve_output`, KV for prompt and output is taken at admission, so
+    nothing is ever preempted; else the engine's rule (the prompt's blocks at admission) holds. It has no prefix cache.
     """
 
     config: EngineConfig
     step_time: StepTimeModel
     dead_time_iterations: int = 1
-    stages: int = 1
     reserve_output: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dead_time_iterations", "stages"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dead_time_iterations < 1:
+            raise ValueError(f"dead_time_iterations is {self.dead_time_iterations}; it must be at least 1")
         if self.config.prefix_caching:
             raise ValueError("the simulator has no token values, so no prefix cache: set prefix_caching to False")
 
@@ -71,12 +70,15 @@ class Simulation:
         self.plant = plant
         self.workload = workload
         config = plant.config
-        limits = Limits(config.max_requests, config.max_budget_tokens, config.block_tokens, config.tile_tokens)
+        limits = Limits(
+            *(config.max_requests, config.max_budget_tokens, config.block_tokens, config.tile_tokens),
+            *(config.pipeline_parallel, config.depth),
+        )
         _check(plant, workload)
         model = plant.step_time
         schedule, reserve = SCHEDULES[config.schedule], int(plant.reserve_output)
         self.rules = Rules(schedule, limits, reserve, model.coefficients, model.residuals)
-        self.state = initial_state(workload, limits, config.kv_blocks, plant.stages, seed)
+        self.state = initial_state(workload, limits, config.kv_blocks, seed)
         self._scalars = self.state.scalars[0]
         self._logs: list[FloatArray] | None = [] if keep_log else None
         self._in_force = InForce(config.budget_tokens, config.chunk_tokens, 0, 0, "fallback")
@@ -127,10 +129,11 @@ class Simulation:
         is the noise. Nothing limits it while nothing decodes. Raises ValueError for several stages, or another schedule
         than stall-free: there a batch without decodes keeps others' decodes waiting, and this is no bound.
         """
-        if self.plant.stages > 1 or self.plant.config.schedule != "stall-free":
+        stages, schedule = self.plant.config.pipeline_parallel, self.plant.config.schedule
+        if stages > 1 or schedule != "stall-free":
             raise ValueError(
-                f"clairvoyant is a bound for stall-free batching on one stage, not for {self.plant.config.schedule} on "
-                f"{self.plant.stages}: compare with static budgets there"
+                f"clairvoyant is a bound for stall-free batching on one stage, not for {schedule} on {stages}: compare "
+                "with static budgets there"
             )
         if not limit_s > 0:
             raise ValueError(f"limit_s is {limit_s}; it must be a positive number of seconds")
@@ -231,17 +234,16 @@ class Simulation:
         contexts: tuple[int, ...] = ()
         if s.prefills:
             plan = self.state.plan
-            slots = plan.slots[s.decodes : s.rows]
-            chunks = tuple(plan.tokens[s.decodes : s.rows].tolist())
-            contexts = tuple(self.state.arrays.context[slots].tolist())
+            slots, tokens = plan.slots[s.decodes : s.rows], plan.tokens[s.decodes : s.rows]
+            chunks = tuple(tokens.tolist())
+            contexts = tuple((self.state.arrays.context[slots] - tokens).tolist())
         return BatchComposition(
             s.decodes, s.decode_context, s.prefills, s.prefill_tokens, chunks, contexts, s.attention_tokens2
         )
 
     def _queue(self, s: Scalars) -> QueueState:
         state = self.state
-        head = head_prefill(state)
-        context = int(state.arrays.context[head]) if head >= 0 else 0
+        head, context = head_prefill(state)
         waits = s.head < s.tail
         return QueueState(
             running_requests=s.n_running,
@@ -269,7 +271,7 @@ class Simulation:
                     device_s=float(report.busy_s[i].sum()),
                     tbt_s=tuple(report.gap_s[gaps_begin : done.gaps_end].tolist()),
                     ttft_s=tuple((done.completed_s - requests.arrival_s[firsts]).tolist()),
-                    stages=tuple(StageTimes(busy_s, bubble_s, self.plant.stages) for busy_s, bubble_s in stages),
+                    stages=tuple(StageTimes(busy_s, bubble_s, self.rules.limits.depth) for busy_s, bubble_s in stages),
                     tbt_slots=tuple(report.gap_slots[gaps_begin : done.gaps_end].tolist()),
                     ttft_slots=tuple(firsts.tolist()),
                     finished=tuple(self._finished(slot) for slot in finished.tolist()),

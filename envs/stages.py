@@ -1,4 +1,4 @@
-"""Batches on the pipeline stages: how long they take, and what happens when one is done."""
+"""Batches in flight on the pipeline stages: how long they take, and what happens when one is done."""
 
 import numpy as np
 
@@ -21,24 +21,33 @@ def drop_without_blocks(state: State) -> None:
 
 
 @inlined
+def forget_tokens(state: State, slot: int) -> None:
+    """What is in flight of a request that was preempted is computed for nothing."""
+    s, samples, slots = state.scalars[0], state.flight.samples, state.flight.slots
+    for age in range(s.in_flight):
+        ring = (s.oldest + age) % len(samples)
+        kept = 0
+        for i in range(samples[ring]):
+            slots[ring, kept] = slots[ring, i]
+            kept += slots[ring, i] != slot
+        samples[ring] = kept
+
+
+@inlined
 def _book_tokens(state: State, first: int) -> bool:
-    """The output tokens of a microbatch that is done. Returns whether any request ended.
+    """The output tokens of an iteration that is done. Returns whether any request ended.
 
     Arrays are taken out of the state before the loop: this is where most of the time goes.
     """
     s, requests, report, arrays = state.scalars[0], state.requests, state.report, state.arrays
-    context, prefill_end, held_blocks = arrays.context, arrays.prefill_end, arrays.held_blocks
-    produced, outputs = requests.produced, requests.output_tokens
+    held_blocks, produced, outputs = arrays.held_blocks, requests.produced, requests.output_tokens
     first_token_row, times_s = requests.first_token_row, state.token_times_s
     gap_s, gap_slots, first_slots = report.gap_s, report.gap_slots, report.first_slots
-    slots, tokens = state.flight.slots[first], state.flight.tokens[first]
-    completed_s, rows = state.flight.completed_s[first], state.flight.rows[first]
+    slots, samples = state.flight.slots[first], state.flight.samples[first]
+    completed_s = state.flight.completed_s[first]
     n_gaps, n_firsts, n_finished = s.n_gaps, s.n_firsts, s.n_finished
-    for row in range(rows):
-        slot = slots[row]
-        context[slot] += tokens[row]
-        if context[slot] < prefill_end[slot]:
-            continue
+    for i in range(samples):
+        slot = slots[i]
         token = first_token_row[slot] + produced[slot]
         times_s[token] = completed_s
         if produced[slot] == 0:
@@ -62,25 +71,25 @@ def _book_tokens(state: State, first: int) -> bool:
 
 @inlined
 def retire(state: State) -> None:
-    """Complete the oldest microbatch: contexts grow, tokens are booked, requests end."""
+    """Wait for the oldest iteration in flight: time goes on, tokens are booked, requests end."""
     s, flight = state.scalars[0], state.flight
-    first = s.oldest
-    if len(flight.rows) > 1:
-        for row in range(flight.rows[first]):
-            state.requests.flying[flight.slots[first, row]] = 0
+    first, stages = s.oldest, len(state.stage_free_s)
+    s.now_s = flight.completed_s[first]
+    if stages > 1:  # the next token of each can be computed from now on
+        for i in range(flight.samples[first]):
+            state.arrays.context_limit[flight.slots[first, i]] += 1
     if _book_tokens(state, first):
         drop_without_blocks(state)
     done = state.report.done[s.n_done]
     done.iteration, done.scheduled_s = flight.iteration[first], flight.scheduled_s[first]
     done.completed_s = flight.completed_s[first]
-    for stage in range(len(flight.rows)):
+    for stage in range(stages):
         state.report.busy_s[s.n_done, stage] = flight.busy_s[first, stage]
         state.report.bubble_s[s.n_done, stage] = flight.bubble_s[first, stage]
     done.gaps_end, done.firsts_end, done.finished_end = s.n_gaps, s.n_firsts, s.n_finished
     s.n_done += 1
-    s.flying_requests -= flight.rows[first]
     s.in_flight -= 1
-    s.oldest = (first + 1) % len(flight.rows)
+    s.oldest = (first + 1) % len(flight.samples)
 
 
 @inlined
@@ -114,18 +123,26 @@ def drain(state: State) -> None:
 
 @inlined
 def launch(state: State, rules: Rules) -> None:
-    """Put the batch on the stages: each begins when it is free and the stage before has handed over."""
-    s, flight, plan = state.scalars[0], state.flight, state.plan
-    n_stages = len(flight.rows)
-    ring = (s.oldest + s.in_flight) % n_stages
-    slots, tokens, planned_slots, planned_tokens = flight.slots, flight.tokens, plan.slots, plan.tokens
-    for row in range(s.rows):
-        slots[ring, row], tokens[ring, row] = planned_slots[row], planned_tokens[row]
-    if n_stages > 1:  # with one stage nothing flies when a batch is formed
-        for row in range(s.rows):
-            state.requests.flying[planned_slots[row]] = 1
+    """Put the batch on the stages: each begins when it is free and the stage before has handed over.
+
+    Contexts go on as if it had run.
+    """
+    s, flight, plan, arrays = state.scalars[0], state.flight, state.plan, state.arrays
+    n_stages = len(state.stage_free_s)
+    ring = (s.oldest + s.in_flight) % len(flight.samples)
+    slots, context = flight.slots[ring], arrays.context
+    samples = s.decodes
+    for row in range(s.decodes):
+        slot = plan.slots[row]
+        context[slot] += 1
+        slots[row] = slot
+    for row in range(s.decodes, s.rows):
+        slot = plan.slots[row]
+        context[slot] += plan.tokens[row]
+        slots[samples] = slot
+        samples += context[slot] >= arrays.prefill_end[slot]
     s.iteration += 1
-    flight.rows[ring], flight.iteration[ring], flight.scheduled_s[ring] = s.rows, s.iteration, s.now_s
+    flight.samples[ring], flight.iteration[ring], flight.scheduled_s[ring] = samples, s.iteration, s.now_s
     expected_s, residuals = mean_s(state, rules), rules.residuals[int(s.prefill_tokens > 0)]
     handed_s = s.now_s
     for stage in range(n_stages):
@@ -138,6 +155,4 @@ def launch(state: State, rules: Rules) -> None:
         handed_s = start_s + busy_s
         state.stage_free_s[stage] = handed_s
     flight.completed_s[ring] = handed_s
-    s.next_free_s = state.stage_free_s[0]
     s.in_flight += 1
-    s.flying_requests += s.rows

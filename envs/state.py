@@ -25,7 +25,6 @@ class Scalars(NamedTuple):
     """The state's single numbers; in the state they are one record of this layout."""
 
     now_s: float  # when the iteration launched last was formed
-    next_free_s: float  # when the first stage can take a batch
     work_since_s: float  # when the last idle time ended
     slowdown: float  # factor on all step times
     arrived: int  # requests that have arrived
@@ -39,10 +38,9 @@ class Scalars(NamedTuple):
     preemptions: int
     iteration: int
     seed: int
-    oldest: int  # microbatch in the ring of those on the stages
+    oldest: int  # of the iterations in flight, its place in the ring
     in_flight: int
-    flying_requests: int
-    n_done: int  # microbatches completed since the iteration before was launched
+    n_done: int  # iterations completed since the one before was launched
     n_gaps: int  # ... and their tokens that were not the first of their request
     n_firsts: int
     n_finished: int
@@ -58,7 +56,7 @@ class Scalars(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A completed microbatch; the `end`s are where its part of the report's arrays ends."""
+    """A completed iteration; the `end`s are where its part of the report's arrays ends."""
 
     iteration: int
     gaps_end: int
@@ -80,30 +78,28 @@ class Requests(NamedTuple):
     output_tokens: IntArray
     first_token_row: IntArray  # of `token_times_s`
     first_scheduled_s: FloatArray  # NaN until then
-    produced: IntArray  # output tokens so far
-    flying: IntArray  # 1 while a microbatch with it is on the stages; kept with several stages only
+    produced: IntArray  # output tokens so far, without those in flight
 
 
 class Flight(NamedTuple):
-    """Microbatches on the stages: a ring of [n stages], rows [n stages, max requests]."""
+    """Iterations in flight: a ring of [depth]."""
 
-    rows: IntArray
-    slots: IntArray
-    tokens: IntArray
+    samples: IntArray  # how many requests get a token
+    slots: IntArray  # [depth, max requests]: which, in the order of the batch
     iteration: IntArray
     scheduled_s: FloatArray
     completed_s: FloatArray
-    busy_s: FloatArray  # [n stages, n stages]: microbatch, stage
+    busy_s: FloatArray  # [depth, stages]
     bubble_s: FloatArray
 
 
 class Report(NamedTuple):
     """What completed since the iteration before was launched, as telemetry tells it."""
 
-    done: NDArray[np.void]  # Done [n stages]
-    busy_s: FloatArray  # [n stages, n stages]: microbatch, stage
+    done: NDArray[np.void]  # Done [depth]
+    busy_s: FloatArray  # [depth, stages]
     bubble_s: FloatArray
-    gap_s: FloatArray
+    gap_s: FloatArray  # [depth * max requests], as those below
     gap_slots: IntArray
     first_slots: IntArray
     finished_slots: IntArray
@@ -117,10 +113,9 @@ class State(NamedTuple):
     arrays: RequestArrays
     running: IntArray  # slots, oldest admission first
     waiting: IntArray  # slots, from `head` to `tail`
-    candidates: IntArray  # of the running ones, those that no microbatch holds
     plan: Plan
     flight: Flight
-    stage_free_s: FloatArray
+    stage_free_s: FloatArray  # [stages]
     stage_busy_s: FloatArray
     stage_bubble_s: FloatArray
     token_times_s: FloatArray  # of all output tokens, request after request
@@ -138,9 +133,10 @@ class Rules(NamedTuple):
     residuals: FloatArray  # [2, 256]: equally likely factors around its mean, decode-only and mixed
 
 
-def initial_state(workload: Workload, limits: Limits, kv_blocks: int, n_stages: int, seed: int) -> State:
+def initial_state(workload: Workload, limits: Limits, kv_blocks: int, seed: int) -> State:
     """Nothing has arrived yet, all blocks are free."""
-    n, seats, square = len(workload), limits.max_requests, (n_stages, n_stages)
+    n, seats, depth, stages = len(workload), limits.max_requests, limits.depth, limits.stages
+    tokens = depth * seats  # most of them in all iterations in flight
     scalars = np.zeros(1, _record(Scalars))
     scalars["free_blocks"], scalars["slowdown"], scalars["seed"], scalars["prefill_turn"] = kv_blocks, 1.0, seed, 1
     first_token_row = np.concatenate(([0], np.cumsum(workload.output_tokens)[:-1]))
@@ -148,34 +144,32 @@ def initial_state(workload: Workload, limits: Limits, kv_blocks: int, n_stages: 
     held = _ints(n)
     return State(
         scalars=scalars,
-        requests=Requests(*lengths, first_token_row, np.full(n, np.nan), _ints(n), _ints(n)),
-        arrays=RequestArrays(_ints(n), _ints(n), held, held, _ints(n), _ints(n)),
+        requests=Requests(*lengths, first_token_row, np.full(n, np.nan), _ints(n)),
+        arrays=RequestArrays(_ints(n), _ints(n), _ints(n), held, held, _ints(n), _ints(n)),
         running=_ints(seats),
         waiting=_ints(n),
-        candidates=_ints(seats),
         plan=empty_plan(seats),
         flight=Flight(
-            rows=_ints(n_stages),
-            slots=_ints(n_stages, seats),
-            tokens=_ints(n_stages, seats),
-            iteration=_ints(n_stages),
-            scheduled_s=np.zeros(n_stages),
-            completed_s=np.zeros(n_stages),
-            busy_s=np.zeros(square),
-            bubble_s=np.zeros(square),
+            samples=_ints(depth),
+            slots=_ints(depth, seats),
+            iteration=_ints(depth),
+            scheduled_s=np.zeros(depth),
+            completed_s=np.zeros(depth),
+            busy_s=np.zeros((depth, stages)),
+            bubble_s=np.zeros((depth, stages)),
         ),
-        stage_free_s=np.zeros(n_stages),
-        stage_busy_s=np.zeros(n_stages),
-        stage_bubble_s=np.zeros(n_stages),
+        stage_free_s=np.zeros(stages),
+        stage_busy_s=np.zeros(stages),
+        stage_bubble_s=np.zeros(stages),
         token_times_s=np.full(int(workload.output_tokens.sum()), np.nan),
         report=Report(
-            done=np.zeros(n_stages, _record(Done)),
-            busy_s=np.zeros(square),
-            bubble_s=np.zeros(square),
-            gap_s=np.zeros(seats),
-            gap_slots=_ints(seats),
-            first_slots=_ints(seats),
-            finished_slots=_ints(seats),
+            done=np.zeros(depth, _record(Done)),
+            busy_s=np.zeros((depth, stages)),
+            bubble_s=np.zeros((depth, stages)),
+            gap_s=np.zeros(tokens),
+            gap_slots=_ints(tokens),
+            first_slots=_ints(tokens),
+            finished_slots=_ints(tokens),
         ),
         log=np.zeros((LOG_ROWS, len(LOG_COLUMNS))),
     )

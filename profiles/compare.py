@@ -106,7 +106,7 @@ class Job(NamedTuple):
     def key(self) -> str:
         """Equal for equal jobs alone: the plant, the requests and the promise are in it."""
         t, plant = self.trial, self.trial.plant
-        settings = (plant.config, plant.dead_time_iterations, plant.stages, plant.reserve_output, str(t.slo))
+        settings = (plant.config, plant.dead_time_iterations, plant.reserve_output, str(t.slo))
         digest = hashlib.sha256(repr(settings).encode())
         for values in (t.workload.arrival_s, t.workload.prompt_tokens, t.workload.output_tokens):
             digest.update(values.tobytes())

@@ -30,7 +30,7 @@ class VirtualClock:
 
 @dataclass
 class ModelledDevice:
-    """A runner whose batches take modelled time."""
+    """A runner whose batches take modelled time, one after another."""
 
     clock: VirtualClock
     fixed_s: float = 0.005
@@ -38,6 +38,7 @@ class ModelledDevice:
     noise: float = 0.0
     slowdown: float = 1.0
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    done_ns: int = 0  # with all that was launched
 
     def step_time(self) -> StepTimeModel:
         """What a fit to this device would give."""
@@ -46,17 +47,20 @@ class ModelledDevice:
 
     def launch(self, batch: Batch) -> "ModelledBatch":
         seconds = self.slowdown * (self.fixed_s + self.per_token_s * int(batch.n_tokens.sum()))
-        return ModelledBatch(self, batch, seconds * float(np.exp(self.noise * self.random.standard_normal())))
+        seconds *= float(np.exp(self.noise * self.random.standard_normal()))
+        self.done_ns = max(self.done_ns, self.clock.now_ns) + round(seconds * 1e9)
+        return ModelledBatch(self.clock, batch, seconds, self.done_ns)
 
 
 @dataclass
 class ModelledBatch:
-    device: ModelledDevice
+    clock: VirtualClock
     batch: Batch
     seconds: float
+    done_ns: int
 
     def result(self) -> StepResult:
-        self.device.clock.now_ns += round(self.seconds * 1e9)
+        self.clock.now_ns = max(self.clock.now_ns, self.done_ns)
         return StepResult([0] * int(self.batch.samples.sum()), self.seconds, (StageTimes(self.seconds, 0.0, 1),))
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from engine.batching import SCHEDULES
 from engine.config import EngineConfig, ScheduleName
-from engine.request import Abort, Batch, SamplingParams, Submit
-from engine.scheduler import Scheduler, StepOutput
+from engine.request import Abort, Batch, SamplingParams, StepOutput, Submit
+from engine.scheduler import Scheduler
 
 TILE = 8
 MAX_BUDGET = 256

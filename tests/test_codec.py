@@ -148,7 +148,7 @@ def test_a_machine_and_a_promise_both_slower_look_the_same(stages: int) -> None:
         requests = make_workload("poisson:20", "uniform:10-800,5-40", np.random.default_rng(4), 40)
         workload = Workload(requests.arrival_s * factor, requests.prompt_tokens, requests.output_tokens)
         model = MODEL.with_noise(0.1).scaled(factor)
-        plant = Plant(EngineConfig(), model, dead_time_iterations=stages, stages=stages)
+        plant = Plant(EngineConfig(pipeline_parallel=stages), model, dead_time_iterations=stages)
         slo = Slo(tbt_s=0.02 * factor, ttft_s=0.3 * factor)
         return observed(Simulation(plant, workload, seed=3), Codec(slo, model), (208, 96), 300)
 

@@ -210,8 +210,10 @@ def test_a_gap_spans_all_microbatches_of_a_pipeline(spec: str, kept: float, stag
     slo = Slo(tbt_s=0.025 * stages)
     model = StepTimeModel.from_formula((5e-3, 1e-5, 3e-8), (2e-3, 2e-5, 4e-8, 1e-9, 3e-4)).with_noise(0.04)
     requests = make_workload("poisson:1000", "uniform:200-3000,50-200", np.random.default_rng(0), 400)
-    config = EngineConfig(max_budget_tokens=8192, max_requests=256, max_model_tokens=4096, kv_blocks=50_000)
-    simulation = Simulation(Plant(config, model, stages + 1, stages), requests)
+    config = EngineConfig(
+        max_budget_tokens=8192, max_requests=256, max_model_tokens=4096, kv_blocks=50_000, pipeline_parallel=stages
+    )
+    simulation = Simulation(Plant(config, model, stages + 1), requests)
     simulation.run_law(Guard(parse_law(spec, slo)).decide)
     assert simulation.outcome().tokens_in_slo(0.025 * stages) > kept
 

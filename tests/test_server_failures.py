@@ -96,12 +96,12 @@ def test_when_the_engine_dies_every_open_request_ends_with_an_error_at_once(
     assert server.metrics()["vllm:request_success_total{abort}"] == 3
 
 
-def test_a_request_that_the_engine_refuses_is_an_error_and_its_siblings_are_aborted(
+def test_a_request_that_the_engine_gives_up_is_an_error_that_says_why_and_its_siblings_are_aborted(
     engine: WireEnd, client: openai.OpenAI, pool: ThreadPoolExecutor
 ) -> None:
     answer = call(pool, client.completions.create, prompt="p", n=2)
     first, second = engine.receive(Submit), engine.receive(Submit)
-    engine.send(TokenOutput(first.request_id, -1, FinishReason.ABORT))
-    with pytest.raises(openai.InternalServerError, match="refused"):
+    engine.send(TokenOutput(first.request_id, -1, FinishReason.ABORT, error="out of memory"))
+    with pytest.raises(openai.InternalServerError, match="out of memory"):
         answer.result(TIMEOUT_S)
     assert engine.receive(Abort).request_id == second.request_id

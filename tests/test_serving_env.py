@@ -48,12 +48,12 @@ def random_scenario(rng: Generator) -> Scenario:
         block_tokens=16,
         max_model_tokens=max(total, 2),
         kv_blocks=-(-max(total, 2) // 16) + int(rng.choice([0, 1, 5, 200])),
+        **(({}, {"look_ahead": True}, {"pipeline_parallel": 2})[rng.integers(3)]),  # type: ignore[arg-type]
     )
     plant = Plant(
         config,
         MODEL.with_noise(float(rng.choice([0.0, 0.3]))),
         dead_time_iterations=int(rng.integers(1, 6)),
-        stages=int(rng.integers(1, 3)),
         reserve_output=bool(rng.integers(2)),
     )
     workload = Workload(np.sort(rng.exponential(float(rng.choice([0.0, 0.1, 2.0])), n)), prompts, outputs)
@@ -111,9 +111,15 @@ def test_without_a_seed_the_next_episode_is_another_and_as_reproducible() -> Non
     assert two(1)[0] != two(1)[1]
 
 
-@pytest.mark.parametrize(("dead_time", "stages"), [(1, 1), (2, 1), (4, 1), (1, 2), (3, 2)])
-def test_a_law_drives_the_environment_as_it_drives_the_simulation(dead_time: int, stages: int) -> None:
-    plant = Plant(EngineConfig(), NOISY, dead_time, stages)
+@pytest.mark.parametrize(
+    ("dead_time", "depth"),
+    [
+        *((1, {}), (2, {}), (4, {}), (1, {"look_ahead": True})),
+        *((1, {"pipeline_parallel": 2}), (3, {"pipeline_parallel": 2})),
+    ],
+)
+def test_a_law_drives_the_environment_as_it_drives_the_simulation(dead_time: int, depth: dict[str, Any]) -> None:
+    plant = Plant(EngineConfig(**depth), NOISY, dead_time)
     arrival_s = np.r_[np.linspace(0, 0.5, 20), np.linspace(3, 3.2, 20)]  # with a pause in between
     rng = np.random.default_rng(2)
     workload = Workload(arrival_s, rng.integers(10, 900, 40), rng.integers(1, 30, 40))

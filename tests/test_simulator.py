@@ -1,6 +1,8 @@
 """The simulator by itself: determinism, dead time, stages, the compiled laws, and what an outcome says."""
 
 from collections import defaultdict
+from dataclasses import replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,6 +21,10 @@ from envs.trace import Workload, make_workload
 QUIET = StepTimeModel.from_formula((5e-3, 1e-5, 4e-8), (6e-3, 5e-5, 4e-8, 1e-9, 3e-4))
 MODEL = QUIET.with_noise(0.05)
 CONFIG = EngineConfig(max_budget_tokens=8192, max_requests=32, kv_blocks=2048)
+
+
+def piped(stages: int) -> EngineConfig:
+    return replace(CONFIG, pipeline_parallel=stages)
 
 
 def workload(n: int = 60, rate: float = 8.0, seed: int = 0) -> Workload:
@@ -41,9 +47,9 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("stages", [1, 2])
-def test_fixed_knobs_compiled_and_a_law_in_the_loop_are_one_run(stages: int) -> None:
-    plant = Plant(EngineConfig(budget_tokens=192, chunk_tokens=64, kv_blocks=2048), MODEL, stages=stages)
+@pytest.mark.parametrize("depth", [{}, {"look_ahead": True}, {"pipeline_parallel": 2}])
+def test_fixed_knobs_compiled_and_a_law_in_the_loop_are_one_run(depth: dict[str, Any]) -> None:
+    plant = Plant(EngineConfig(budget_tokens=192, chunk_tokens=64, kv_blocks=2048, **depth), MODEL)
     compiled, asked = (Simulation(plant, workload(), 3, keep_log=True) for _ in range(2))
     compiled.run_static(192, 64)
     asked.run_law(lambda telemetry, now_ns: (192, 64, "fixed"))
@@ -113,15 +119,15 @@ def test_a_silent_law_leaves_its_last_knobs_until_the_time_to_live(dead_time: in
 
 @pytest.mark.parametrize("stages", [2, 3, 8])
 def test_microbatches_share_the_stages_and_no_request(stages: int) -> None:
-    """Every request ends; no request is in two microbatches at once; stages do not overlap in time."""
+    """Every request ends; none has two tokens in flight; microbatches end in order; stages do not overlap in time."""
     requests = workload(rate=20.0)
-    simulation = Simulation(Plant(CONFIG, MODEL, stages=stages, dead_time_iterations=stages + 1), requests)
+    simulation = Simulation(Plant(piped(stages), MODEL), requests)
     most_in_flight = 0
     while not simulation.done:
         simulation.step(256, 128)
         flight, scalars = simulation.state.flight, simulation.state.scalars[0]
         ring = [(int(scalars["oldest"]) + i) % stages for i in range(int(scalars["in_flight"]))]
-        slots = np.concatenate([flight.slots[i, : flight.rows[i]] for i in ring]) if ring else np.zeros(0)
+        slots = np.concatenate([flight.slots[i, : flight.samples[i]] for i in ring]) if ring else np.zeros(0)
         assert len(set(slots.tolist())) == len(slots)
         ends = [flight.completed_s[i] for i in ring]
         assert ends == sorted(ends)
@@ -143,7 +149,7 @@ def test_unequal_microbatches_leave_bubbles_and_equal_ones_do_not() -> None:
         np.concatenate([decodes.prompt_tokens, prompt.prompt_tokens]),
         np.concatenate([decodes.output_tokens, prompt.output_tokens]),
     )
-    plant = Plant(CONFIG, QUIET, stages=2)
+    plant = Plant(piped(2), QUIET)
     bubbles = [ran_static(plant, both, budget).stage_bubble_s[1] for budget in (2048, 64)]
     assert bubbles[0] > bubbles[1]
 
@@ -151,7 +157,7 @@ def test_unequal_microbatches_leave_bubbles_and_equal_ones_do_not() -> None:
 def test_stages_are_busy_or_idle_for_as_long_as_there_is_work() -> None:
     """One request alone passes two stages: each waits for the other, at the start as at the end."""
     alone = Workload(np.array([0.0, 50.0]), np.array([100, 100]), np.array([3, 3]))
-    outcome = ran_static(Plant(CONFIG, QUIET, stages=2), alone, 256)
+    outcome = ran_static(Plant(piped(2), QUIET), alone, 256)
     steps_s = [QUIET.mean_s(0, 0, 1, 100, 5000), QUIET.mean_s(1, 100, 0, 0, 0), QUIET.mean_s(1, 101, 0, 0, 0)]
     assert outcome.stage_busy_s == pytest.approx([2 * sum(steps_s)] * 2)
     assert outcome.stage_bubble_s == pytest.approx([2 * sum(steps_s)] * 2)
@@ -159,7 +165,7 @@ def test_stages_are_busy_or_idle_for_as_long_as_there_is_work() -> None:
 
 @pytest.mark.parametrize("stages", [1, 2, 4])
 def test_busy_and_bubble_add_up_to_the_time_with_work(stages: int) -> None:
-    outcome = ran_static(Plant(CONFIG, MODEL, stages=stages), workload(rate=2.0), 256)
+    outcome = ran_static(Plant(piped(stages), MODEL), workload(rate=2.0), 256)
     with_work_s = outcome.stage_busy_s + outcome.stage_bubble_s
     assert with_work_s == pytest.approx(np.full(stages, with_work_s[0]))
     assert 0.3 * outcome.duration_s < with_work_s[0] < outcome.duration_s
@@ -167,9 +173,11 @@ def test_busy_and_bubble_add_up_to_the_time_with_work(stages: int) -> None:
 
 
 def test_request_level_waits_for_the_group_on_all_stages() -> None:
-    config = EngineConfig(schedule="request-level", max_budget_tokens=2048, max_requests=4, kv_blocks=2048)
+    config = EngineConfig(
+        schedule="request-level", max_budget_tokens=2048, max_requests=4, kv_blocks=2048, pipeline_parallel=3
+    )
     requests = workload(12, rate=1000.0)
-    outcome = ran_static(Plant(config, QUIET, stages=3), requests, 2048)
+    outcome = ran_static(Plant(config, QUIET), requests, 2048)
     ends_s = outcome.e2el_s + requests.arrival_s
     for admitted_s in np.unique(outcome.first_scheduled_s)[1:]:
         before = outcome.first_scheduled_s < admitted_s
@@ -238,7 +246,7 @@ def test_a_slower_machine_is_slower_from_then_on() -> None:
 
 def test_telemetry_counts_every_token_once() -> None:
     requests = workload()
-    simulation = Simulation(Plant(CONFIG, MODEL, stages=2), requests)
+    simulation = Simulation(Plant(piped(2), MODEL), requests)
     counts: defaultdict[str, float] = defaultdict(float)
     while not simulation.done:
         simulation.step(256, 256)
@@ -335,14 +343,13 @@ def test_a_run_cut_short_counts_the_unfinished_as_misses() -> None:
     ("change", "message"),
     [
         (lambda: Plant(CONFIG, MODEL, dead_time_iterations=0), "dead_time_iterations is 0"),
-        (lambda: Plant(CONFIG, MODEL, stages=0), "stages is 0"),
         (lambda: Plant(EngineConfig(prefix_caching=True), MODEL), "prefix cache"),
         (
             lambda: Simulation(Plant(CONFIG, MODEL), Workload(np.zeros(1), np.array([2000]), np.array([100]))),
             "request 0",
         ),
         (lambda: Simulation(Plant(CONFIG, MODEL), workload()).run_clairvoyant(0.0), "limit_s is 0"),
-        (lambda: Simulation(Plant(CONFIG, MODEL, stages=2), workload()).run_clairvoyant(1.0), "one stage"),
+        (lambda: Simulation(Plant(piped(2), MODEL), workload()).run_clairvoyant(1.0), "one stage"),
         (lambda: Simulation(Plant(CONFIG, MODEL), workload()).run_static(0, 64), "budget_tokens 0 is outside"),
         (lambda: Simulation(Plant(CONFIG, MODEL), workload()).run_static(64, 100_000), "chunk_tokens 100000"),
         (lambda: Simulation(Plant(CONFIG, MODEL), workload()).step(9000, 64), "budget_tokens 9000"),
