@@ -6,7 +6,9 @@ from typing import Any
 
 import msgspec
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+from engine.falcon import falcon_keys
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "falcon")
 
 # What transformers assumes when a key is absent from config.json, where that differs between the families.
 _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -14,6 +16,7 @@ _FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+    "falcon": {},
 }
 
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
@@ -59,7 +62,8 @@ class ModelConfig:
     """Shape and switches of one model, in the words of its config.json.
 
     `sliding_windows` has one entry per layer: how many tokens, itself included, a token attends to; None is all of
-    them. Raises ValueError when head counts or sizes do not fit together.
+    them. With `parallel_attention` a block adds attention and MLP to the residual together; without `mlp_norm` both
+    then read the same norm. Raises ValueError when head counts or sizes do not fit together.
     """
 
     model_type: str
@@ -71,7 +75,7 @@ class ModelConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
+    norm_eps: float
     rope: Rope
     sliding_windows: tuple[int | None, ...]
     tie_word_embeddings: bool = False
@@ -79,6 +83,10 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    layer_norm: bool = False
+    gated_mlp: bool = True
+    parallel_attention: bool = False
+    mlp_norm: bool = True
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -113,7 +121,7 @@ PACER_26M = ModelConfig(
     num_key_value_heads=2,
     head_dim=64,
     max_position_embeddings=8192,
-    rms_norm_eps=1e-6,
+    norm_eps=1e-6,
     rope=Rope(),
     sliding_windows=(None,) * 8,
     eos_token_ids=(257,),
@@ -137,6 +145,8 @@ class _ConfigJson(msgspec.Struct):
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    parallel_attn: bool = False
+    num_ln_in_parallel_attn: int = 2
     use_sliding_window: bool = False
     sliding_window: int | None = None
     max_window_layers: int = 28
@@ -161,8 +171,10 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise ValueError(
             f"model_type {model_type!r} in {folder / 'config.json'} is not supported; use one of {', '.join(SUPPORTED)}"
         )
+    is_falcon = model_type == "falcon"
     try:
-        keys = msgspec.convert(_FAMILY_DEFAULTS[model_type] | raw, _ConfigJson)
+        known = falcon_keys(raw) if is_falcon else raw
+        keys = msgspec.convert(_FAMILY_DEFAULTS[model_type] | known, _ConfigJson)
     except msgspec.ValidationError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}; correct that key") from error
     _refuse_unsupported(keys)
@@ -171,7 +183,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         _read_json(generation).get("eos_token_id") if generation.exists() else None
     )
     is_qwen2 = model_type == "qwen2"
-    takes_attention_bias = model_type in ("llama", "qwen3")
+    takes_attention_bias = model_type in ("llama", "qwen3", "falcon")
     return ModelConfig(
         model_type=model_type,
         vocab_size=keys.vocab_size,
@@ -182,14 +194,18 @@ def read_model_config(folder: Path) -> ModelConfig:
         num_key_value_heads=keys.num_attention_heads if keys.num_key_value_heads is None else keys.num_key_value_heads,
         head_dim=keys.hidden_size // max(1, keys.num_attention_heads) if keys.head_dim is None else keys.head_dim,
         max_position_embeddings=keys.max_position_embeddings,
-        rms_norm_eps=keys.rms_norm_eps,
+        norm_eps=keys.rms_norm_eps,
         rope=_rope(keys),
         sliding_windows=_sliding_windows(model_type, keys),
         tie_word_embeddings=keys.tie_word_embeddings,
         qkv_bias=is_qwen2 or (takes_attention_bias and keys.attention_bias),
         o_bias=takes_attention_bias and keys.attention_bias,
-        mlp_bias=model_type == "llama" and keys.mlp_bias,
+        mlp_bias=model_type in ("llama", "falcon") and keys.mlp_bias,
         qk_norm=model_type == "qwen3",
+        layer_norm=is_falcon,
+        gated_mlp=not is_falcon,
+        parallel_attention=is_falcon and keys.parallel_attn,
+        mlp_norm=not (is_falcon and keys.parallel_attn and keys.num_ln_in_parallel_attn == 1),
         eos_token_ids=tuple(dict.fromkeys(eos)),
     )
 
@@ -249,7 +265,7 @@ def _sliding_windows(model_type: str, keys: _ConfigJson) -> tuple[int | None, ..
     n_layers, window = keys.num_hidden_layers, keys.sliding_window
     if model_type == "mistral":
         return (window,) * n_layers
-    if model_type == "llama" or not keys.use_sliding_window:
+    if model_type in ("llama", "falcon") or not keys.use_sliding_window:
         return (None,) * n_layers
     if keys.layer_types is None:
         return tuple(window if layer >= keys.max_window_layers else None for layer in range(n_layers))

@@ -1,70 +1,63 @@
-"""The tensors of a model by their Hugging Face names: from safetensors files, strictly, or random from a seed."""
+"""A rank's parameters: from safetensors files, strictly, or random from a seed."""
 
+import hashlib
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
+from engine.layout import Cut, Source, checkpoint_tensors
 from engine.model_config import ModelConfig
+from engine.shard import WHOLE, Shard
 
 Weights = dict[str, torch.Tensor]
+"""A rank's slices by the names of engine.layout, fused: matrices are [in, out] views, the embedding is [ids, hidden].
 
+On a GPU they lie in memory as [out, in], the order of cuBLAS's fastest kernels; on a CPU as [in, out], since one row at
+a time, as in decodes, that order is read a third faster.
+"""
+
+_CPU = torch.device("cpu")
 _INIT_STD = 0.02
 _NAMES_SHOWN = 5
 
 
-def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of `model`; matrices are [out features, in features] as on disk."""
-    hidden, inner = model.hidden_size, model.intermediate_size
-    q_size, kv_size = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab_size, hidden)}
-    for layer in range(model.num_hidden_layers):
-        matrices = {
-            "self_attn.q_proj": (q_size, hidden, model.qkv_bias),
-            "self_attn.k_proj": (kv_size, hidden, model.qkv_bias),
-            "self_attn.v_proj": (kv_size, hidden, model.qkv_bias),
-            "self_attn.o_proj": (hidden, q_size, model.o_bias),
-            "mlp.gate_proj": (inner, hidden, model.mlp_bias),
-            "mlp.up_proj": (inner, hidden, model.mlp_bias),
-            "mlp.down_proj": (hidden, inner, model.mlp_bias),
-        }
-        norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
-        if model.qk_norm:
-            norms |= {"self_attn.q_norm": model.head_dim, "self_attn.k_norm": model.head_dim}
-        for name, (n_out, n_in, bias) in matrices.items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = (n_out, n_in)
-            if bias:
-                shapes[f"model.layers.{layer}.{name}.bias"] = (n_out,)
-        for name, size in norms.items():
-            shapes[f"model.layers.{layer}.{name}.weight"] = (size,)
-    shapes["model.norm.weight"] = (hidden,)
-    if not model.tie_word_embeddings:
-        shapes["lm_head.weight"] = (model.vocab_size, hidden)
-    return shapes
+def dummy_weights(
+    model: ModelConfig, dtype: torch.dtype, seed: int, device: torch.device = _CPU, shard: Shard = WHOLE
+) -> Weights:
+    """Random weights: normal with deviation 0.02, norms 1; the same for the same seed whatever the dtype and shards.
 
-
-def dummy_weights(model: ModelConfig, dtype: torch.dtype, seed: int) -> Weights:
-    """Random weights, the same for the same seed whatever the dtype: normal with deviation 0.02, norms 1."""
-    generator = torch.Generator().manual_seed(seed)
-    weights: Weights = {}
-    for name, shape in tensor_shapes(model).items():
-        if name.endswith("norm.weight"):
-            weights[name] = torch.ones(shape, dtype=dtype)
+    Each tensor is drawn whole, from a generator of its own, and then cut: no rank ever holds more than one of them.
+    Raises ValueError when the ranks cannot share the model.
+    """
+    tensors = checkpoint_tensors(model, shard)
+    weights, targets = _allocate(tensors, model, dtype, device, shard)
+    for name, source in tensors.items():
+        if source.is_norm_weight:
+            targets[name].fill_(1.0)
         else:
-            weights[name] = torch.empty(shape).normal_(std=_INIT_STD, generator=generator).to(dtype)
+            generator = torch.Generator(device).manual_seed(_tensor_seed(seed, name))
+            drawn = torch.empty(source.shape, device=device).normal_(std=_INIT_STD, generator=generator)
+            targets[name].copy_(_cut(drawn, source.cut, model, shard))
     return weights
 
 
-def load_safetensors(folder: Path, model: ModelConfig, dtype: torch.dtype) -> Weights:
-    """Every tensor of `model` from model.safetensors, or from the shards of model.safetensors.index.json.
+def load_safetensors(
+    folder: Path, model: ModelConfig, dtype: torch.dtype, device: torch.device = _CPU, shard: Shard = WHOLE
+) -> Weights:
+    """The shard's part of model.safetensors, or of the files in model.safetensors.index.json.
 
-    Raises ValueError naming what is wrong: files absent or damaged, tensors missing, unexpected or of another shape.
+    The checkpoint is judged whole, on every rank. Raises ValueError naming what is wrong: files absent or damaged,
+    tensors missing, unexpected or of another shape, or ranks that cannot share the model.
     """
-    expected = tensor_shapes(model)
-    weights: Weights = {}
+    expected, needed = checkpoint_tensors(model), checkpoint_tensors(model, shard)
+    weights, targets = _allocate(needed, model, dtype, device, shard)
+    seen: set[str] = set()
     unexpected: list[str] = []
     misshapen: list[str] = []
     for path in _files(folder):
@@ -73,21 +66,83 @@ def load_safetensors(folder: Path, model: ModelConfig, dtype: torch.dtype) -> We
                 for name in file.keys():  # noqa: SIM118 (the handle is no mapping)
                     if _is_redundant(name, model):
                         continue
+                    seen.add(name)
                     if name not in expected:
                         unexpected.append(name)
-                    elif (shape := tuple(file.get_slice(name).get_shape())) != expected[name]:
-                        misshapen.append(f"{name} is {list(shape)} where config.json gives {list(expected[name])}")
-                    else:
-                        weights[name] = file.get_tensor(name).to(dtype)
+                    elif (shape := tuple(file.get_slice(name).get_shape())) != expected[name].shape:
+                        misshapen.append(
+                            f"{name} is {list(shape)} where config.json gives {list(expected[name].shape)}"
+                        )
+                    elif name in needed:
+                        targets[name].copy_(_cut(file.get_tensor(name), needed[name].cut, model, shard))
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}): download it again") from error
-    faults = [("have another shape", misshapen), ("are unexpected", unexpected)]
-    if not misshapen:
-        faults.append(("are missing", [name for name in expected if name not in weights]))
+    missing = [name for name in expected if name not in seen]
+    faults = [("have another shape", misshapen), ("are unexpected", unexpected), ("are missing", missing)]
     problems = [f"{len(names)} tensors {what}: {_some(names)}" for what, names in faults if names]
     if problems:
         raise ValueError(f"{folder} does not hold this {model.model_type}: {'; '.join(problems)}. Check config.json")
     return weights
+
+
+def _allocate(
+    tensors: dict[str, Source], model: ModelConfig, dtype: torch.dtype, device: torch.device, shard: Shard
+) -> tuple[Weights, Weights]:
+    """The parameters, and by checkpoint name the view [out, in] or [out] into which each tensor's slice is copied."""
+    shapes: dict[str, dict[str, torch.Size]] = defaultdict(dict)
+    for name, source in tensors.items():
+        whole = torch.empty(source.shape, dtype=dtype, device="meta")
+        shapes[source.parameter][name] = _cut(whole, source.cut, model, shard).shape
+    weights: Weights = {}
+    targets: Weights = {}
+    for parameter, parts in shapes.items():
+        n_out, *n_in = (sum(shape[0] for shape in parts.values()), *next(iter(parts.values()))[1:])
+        is_matrix = bool(n_in) and parameter != "embedding.weight"
+        if is_matrix and device.type == "cpu":
+            fused = torch.empty((*n_in, n_out), dtype=dtype, device=device).t()
+        else:
+            fused = torch.empty((n_out, *n_in), dtype=dtype, device=device)
+        weights[parameter] = fused.t() if is_matrix else fused
+        start = 0
+        for name, shape in parts.items():
+            targets[name] = fused[start : start + shape[0]]
+            start += shape[0]
+    return weights, targets
+
+
+def _cut(tensor: torch.Tensor, cut: Cut, model: ModelConfig, shard: Shard) -> torch.Tensor:
+    """The rank's slice of `tensor` [out, in] or [out]."""
+    n_heads, n_kv_heads = model.num_attention_heads, model.num_key_value_heads
+    if cut is Cut.HEADS:
+        tensor = _heads(tensor.view(n_heads, model.head_dim, *tensor.shape[1:]), shard.heads(n_heads))
+    elif cut is Cut.KV_HEADS:
+        tensor = _heads(tensor.view(n_kv_heads, model.head_dim, *tensor.shape[1:]), shard.kv_heads(n_kv_heads))
+    elif cut is Cut.FALCON_QKV:
+        groups = tensor.view(n_kv_heads, n_heads // n_kv_heads + 2, model.head_dim, *tensor.shape[1:])
+        q = _heads(groups[:, :-2].flatten(0, 1), shard.heads(n_heads))
+        k, v = (_heads(groups[:, place], shard.kv_heads(n_kv_heads)) for place in (-2, -1))
+        tensor = torch.cat((q, k, v))
+    elif cut is Cut.OUT:
+        share = shard.share(len(tensor), "features of the MLP")
+        tensor = tensor[share.start : share.stop]
+    elif cut is Cut.IN:
+        share = shard.share(tensor.shape[1], "features of the MLP or the attention")
+        tensor = tensor[:, share.start : share.stop]
+    elif cut is Cut.FIRST_RANK and shard.tp_rank > 0:
+        tensor = torch.zeros_like(tensor)
+    elif cut is Cut.VOCABULARY:
+        ids = shard.vocabulary(len(tensor))
+        padding = shard.vocabulary_width(len(tensor)) - len(ids)
+        tensor = F.pad(tensor[ids.start : ids.stop], (0, 0, 0, padding))
+    return tensor
+
+
+def _heads(per_head: torch.Tensor, heads: range) -> torch.Tensor:
+    return per_head[heads.start : heads.stop].flatten(0, 1)
+
+
+def _tensor_seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
 
 
 def _files(folder: Path) -> list[Path]:

@@ -8,9 +8,6 @@ import torch
 import transformers
 
 from engine.config import EngineConfig
-from engine.model_config import read_model_config
-from engine.model_runner import ModelRunner
-from engine.weights import load_safetensors
 
 VOCABULARY = 128
 N_PROMPTS, MAX_PROMPT, N_NEW = 50, 80, 12
@@ -20,15 +17,15 @@ ENGINE = EngineConfig(
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
-    "intermediate_size": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "initializer_range": 0.2,  # wide, so that the likeliest token leads clearly
     "bos_token_id": None,
     "eos_token_id": None,
 }
+LLAMA_SIZES = SIZES | {"intermediate_size": 96, "num_key_value_heads": 2}
+FALCON_SIZES = SIZES | {"ffn_hidden_size": 96}
 RNG = np.random.default_rng(5)
 LENGTHS = [1, 2, MAX_PROMPT, *RNG.integers(3, MAX_PROMPT, N_PROMPTS - 3).tolist()]
 PROMPTS: list[list[int]] = [RNG.integers(0, VOCABULARY, length).tolist() for length in LENGTHS]
@@ -52,30 +49,34 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-window-10": ("mistral", {"sliding_window": 10}),
     "qwen2-two-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 23, "max_window_layers": 1}),
     "qwen3-wide-heads-tied": ("qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
+    "falcon-7b-style": ("falcon", {"multi_query": True}),
+    "falcon-40b-style-biased": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True, "tie_word_embeddings": False},
+    ),
+    "falcon2-11b-style": (
+        "falcon",
+        {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "num_kv_heads": 2, "ffn_hidden_size": None},
+    ),
+    "falcon-sequential": ("falcon", {"multi_query": False, "parallel_attn": False}),
 }
 """Model type and switches; qwen2 has one layer of full attention and two with a window."""
 
 
-def write_checkpoint(name: str, folder: Path) -> Any:
-    """A random model of transformers, saved to `folder`."""
-    model_type, switches = CHECKPOINTS[name]
+def write_checkpoint(checkpoint: str, folder: Path, **changes: Any) -> Any:
+    """A random model of transformers, saved to `folder`; `changes` are further keys of its configuration."""
+    model_type, switches = CHECKPOINTS[checkpoint]
     torch.manual_seed(11)
-    config = transformers.AutoConfig.for_model(model_type, **SIZES | switches)
+    sizes = FALCON_SIZES if model_type == "falcon" else LLAMA_SIZES
+    config = transformers.AutoConfig.for_model(model_type, **sizes | switches | changes)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms start at 1 and biases at 0, which would hide a lost one
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-    model.save_pretrained(folder, max_shard_size="60KB" if name.endswith("sharded") else "1GB")
-    assert (folder / "model.safetensors.index.json").exists() == name.endswith("sharded")
+                parameter.add_(torch.randn_like(parameter) * (0.1 if name.endswith("bias") else 0.3))
+    model.save_pretrained(folder, max_shard_size="60KB" if checkpoint.endswith("sharded") else "1GB")
+    assert (folder / "model.safetensors.index.json").exists() == checkpoint.endswith("sharded")
     return model
-
-
-def runner_of(folder: Path, dtype: torch.dtype = torch.float32) -> ModelRunner:
-    model = read_model_config(folder)
-    return ModelRunner(
-        model, load_safetensors(folder, model, dtype), ENGINE, threads=1, clock=iter(range(10**6)).__next__
-    )
 
 
 def expected_outputs(model: Any) -> list[list[int]]:

@@ -6,19 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import (
-    LLAMA3_ROPE,
-    write_checkpoint,
-)
+from checkpoints import LLAMA3_ROPE, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from engine.model_config import ModelConfig, Rope, read_model_config
+from engine.model_config import Rope, read_model_config
 from engine.weights import load_safetensors
 
 
 @pytest.fixture
 def mistral(tmp_path: Path) -> Path:
     write_checkpoint("mistral-window-10", tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def falcon(tmp_path: Path) -> Path:
+    write_checkpoint("falcon-40b-style-biased", tmp_path)
     return tmp_path
 
 
@@ -74,7 +77,7 @@ def test_sliding_windows_are_read_layer_by_layer(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"'gpt2'.*not supported.*llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, r"'gpt2'.*not supported.*llama, mistral, qwen2, qwen3, falcon"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supported"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "needs low_freq_factor, high_freq_factor"),
         ({"rope_parameters": {"full_attention": {}}}, "per layer type"),
@@ -93,6 +96,34 @@ def test_a_config_that_cannot_run_is_refused_by_name(mistral: Path, changes: dic
     edit(mistral, **changes)
     with pytest.raises(ValueError, match=message):
         read_model_config(mistral)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alibi": True}, "alibi position biases are not supported"),
+        ({"activation": "relu"}, "activation 'relu' is not supported"),
+        ({"parallel_attn": False}, "new_decoder_architecture is always parallel"),
+        ({"num_ln_in_parallel_attn": 3}, "num_ln_in_parallel_attn 3 is not supported with"),
+        ({"new_decoder_architecture": False, "num_ln_in_parallel_attn": 2}, "2 is not supported without"),
+        ({"hidden_size": "wide"}, r"Expected `int`, got `str` - at `\$.hidden_size`"),
+        ({"num_kv_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+    ],
+)
+def test_a_falcon_that_cannot_run_is_refused_by_name(falcon: Path, changes: dict[str, Any], message: str) -> None:
+    edit(falcon, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_model_config(falcon)
+
+
+def test_a_falcon_says_little_and_means_the_7b(falcon: Path) -> None:
+    said = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "model_type")
+    values = json.loads((falcon / "config.json").read_text())
+    (falcon / "config.json").write_text(json.dumps({key: values[key] for key in said} | {"hidden_size": 96}))
+    model = read_model_config(falcon)
+    assert (model.num_key_value_heads, model.intermediate_size, model.max_position_embeddings) == (1, 384, 2048)
+    assert (model.parallel_attention, model.mlp_norm, model.tie_word_embeddings) == (True, False, True)
+    assert not (model.qkv_bias or model.o_bias or model.mlp_bias)
 
 
 FAULTS = {
@@ -133,5 +164,6 @@ def test_tied_weights_may_come_with_a_copy_of_the_embedding(tmp_path: Path) -> N
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
-    model: ModelConfig = read_model_config(tmp_path)
-    assert set(load_safetensors(tmp_path, model, torch.float32)) == set(tensors)
+    again = load_safetensors(tmp_path, read_model_config(tmp_path), torch.float32)
+    assert "head.weight" not in again
+    assert torch.equal(again["embedding.weight"], tensors["model.embed_tokens.weight"])

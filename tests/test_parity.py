@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import CHECKPOINTS, N_NEW, N_PROMPTS, PROMPTS, expected_outputs, write_checkpoint
+from paged import Paged, make_request
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, ModelSource
 from engine.core import EngineCore
 from engine.link import MemoryLink
-from engine.model_config import read_model_config
+from engine.loader import load_runner
 from engine.model_runner import ModelRunner
 from engine.protocol import VERSION, Knobs
 from engine.request import SamplingParams, Submit, TokenOutput
 from engine.scheduler import Scheduler
-from engine.weights import load_safetensors
 
 Schedule = dict[str, Any]
 WAYS: dict[str, Schedule] = {
@@ -28,6 +28,8 @@ WAYS: dict[str, Schedule] = {
     "forced preemption": {"knobs": lambda random: (256, 64), "kv_blocks": 42},
     "prefix cache": {"knobs": lambda random: tuple(random.integers(1, 257, 2).tolist()), "prefix_caching": True},
     "prefix cache and preemption": {"knobs": lambda random: (96, 32), "prefix_caching": True, "kv_blocks": 42},
+    "look-ahead": {"knobs": lambda random: tuple(random.integers(1, 257, 2).tolist()), "look_ahead": True},
+    "look-ahead and preemption": {"knobs": lambda random: (96, 32), "look_ahead": True, "kv_blocks": 42},
     "orca": {"knobs": lambda random: (128, 128), "schedule": "orca"},
 }
 
@@ -35,9 +37,9 @@ WAYS: dict[str, Schedule] = {
 class Engine:
     """The real core and runner over a checkpoint; an iterator stands in for the clock."""
 
-    def __init__(self, folder: Path, way: Schedule) -> None:
+    def __init__(self, folder: Path, way: Schedule, device: str = "cpu") -> None:
         settings = {"kv_blocks": 640, "tile_tokens": 4} | {key: way[key] for key in way if key != "knobs"}
-        self.config = EngineConfig(
+        config = EngineConfig(
             budget_tokens=64,
             chunk_tokens=64,
             min_budget_tokens=1,
@@ -48,9 +50,7 @@ class Engine:
             **settings,
         )
         clock = iter(range(1, 10**9, 1000)).__next__
-        model = read_model_config(folder)
-        weights = load_safetensors(folder, model, torch.float32)
-        runner = ModelRunner(model, weights, self.config, threads=1, clock=clock)
+        runner, self.config = load_runner(ModelSource(folder=folder, device=device), config, clock)
         self.scheduler = Scheduler(self.config)
         self.link = MemoryLink()
         self.tokens: list[TokenOutput] = []
@@ -76,7 +76,15 @@ class Engine:
 
 
 @pytest.fixture(
-    scope="module", params=["llama-sharded", "mistral-window-10", "qwen2-two-windows", "qwen3-wide-heads-tied"]
+    scope="module",
+    params=[
+        "llama-sharded",
+        "mistral-window-10",
+        "qwen2-two-windows",
+        "qwen3-wide-heads-tied",
+        "falcon-7b-style",
+        "falcon-40b-style-biased",
+    ],
 )
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[int]], Path]:
     assert request.param in CHECKPOINTS
@@ -106,3 +114,33 @@ def test_the_second_time_prompts_come_from_the_prefix_cache(family: tuple[list[l
     ]
     assert prefilled[1] < 0.35 * prefilled[0]
     assert len(expected) == N_PROMPTS
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["look-ahead", "prefix cache and preemption"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_gpu_gives_the_greedy_tokens_of_transformers(name: str, way: str, tmp_path: Path) -> None:
+    expected = expected_outputs(write_checkpoint(name, tmp_path))
+    assert Engine(tmp_path, WAYS[way], "cuda").generate(PROMPTS) == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_bfloat16_is_within_a_hundredth_of_float32(name: str, device: str, tmp_path: Path) -> None:
+    """Against transformers in float32 over the same weights, all prompts of 16 requests in one batch."""
+    model = write_checkpoint(name, tmp_path, initializer_range=0.05, hidden_size=256)  # heads as wide as real ones
+    config = EngineConfig(max_budget_tokens=1024, min_budget_tokens=1, max_requests=16, max_model_tokens=160)
+    source = ModelSource(folder=tmp_path, dtype="bfloat16", device=device)
+    runner, config = load_runner(source, config, iter(range(10**9)).__next__)
+    assert isinstance(runner, ModelRunner)
+    prompts = PROMPTS[:16]
+    requests = [make_request(str(i), prompt, SamplingParams(1)) for i, prompt in enumerate(prompts)]
+    work = [(request, request.n_prompt) for request in requests]
+    logits = runner.logits(Paged(runner, config).batch(work)).float().cpu()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.bfloat16())
+        expected = torch.stack([model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts])
+    errors = (logits - expected).norm(dim=1) / expected.norm(dim=1)
+    assert errors.median() < 1e-2
+    assert errors.max() < 3e-2
