@@ -1,30 +1,38 @@
-"""Runs batches through the model on the CPU: `launch` prepares the inputs, `result` computes and samples."""
+"""Runs batches through a rank's part of the model, on a CPU or on a CUDA device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from engine.attention import BatchAttention, SdpaAttention, allocate_kv_cache
+from engine.attention.backend import AttentionBackend, BatchAttention, KvCache, allocate_kv_cache
+from engine.attention.choice import make_attention
 from engine.config import EngineConfig
+from engine.cuda_graphs import CudaGraphs, graph_shapes
+from engine.device_inputs import DeviceInputs
+from engine.execution import CpuExecution, CudaExecution, Execution, timing_event, within_memory
 from engine.model import Transformer
 from engine.model_config import ModelConfig
+from engine.ops import choose_ops
+from engine.packed_inputs import InputLayout, StepShape
 from engine.protocol import StageTimes
 from engine.request import Batch, StepResult
-from engine.sampler import SamplingPlan, plan_sampling, sample
+from engine.sampler import Draws, draw, sample
+from engine.shard import SINGLE, WHOLE, Collectives, Shard
+from engine.step_input import StepInput, even_step, step_input
 from engine.weights import Weights
 
+_CPU = torch.device("cpu")
 _S_PER_NS = 1e-9
 
 
 class ModelRunner:
-    """A model with its KV cache; takes the scheduler's batches.
+    """A shard of a model, with a KV cache once it is allocated.
 
-    `weights` (see engine.weights) fix the dtype of everything, and are emptied. `threads` is how many this process
-    computes with, `clock` gives monotonic nanoseconds. Raises ValueError when `config` allows longer sequences than
-    the model.
+    `weights` (see engine.weights) fix the dtype of everything, and are emptied; they lie on `device`. `threads` is how
+    many this process computes with, `clock` gives monotonic nanoseconds. A `config` with `kv_blocks` is allocated at
+    once. Raises ValueError when `config` allows longer sequences than the model.
     """
 
     def __init__(
@@ -35,6 +43,10 @@ class ModelRunner:
         *,
         threads: int,
         clock: Callable[[], int],
+        device: torch.device = _CPU,
+        attention: str = "auto",
+        shard: Shard = WHOLE,
+        collectives: Collectives = SINGLE,
     ) -> None:
         if config.max_model_tokens > model.max_position_embeddings:
             raise ValueError(
@@ -44,28 +56,180 @@ class ModelRunner:
         if threads < 1:
             raise ValueError(f"threads is {threads}; it must be at least 1")
         torch.set_num_threads(threads)
-        self.vocab_size = model.vocab_size
-        self.transformer = Transformer(model, weights, config.max_model_tokens)
-        self.kv_cache = allocate_kv_cache(
-            model, config.kv_blocks, config.block_tokens, self.transformer.embedding.dtype
-        )
-        self.attention = SdpaAttention(model, self.kv_cache, config.max_model_tokens)
+        self.model, self.config, self.device, self.shard = model, config, device, shard
         self.clock = clock
+        self.vocab_size = model.vocab_size
+        self.transformer = Transformer(model, weights, config.max_model_tokens, choose_ops(device), shard, collectives)
+        self.graphs: CudaGraphs | None = None
+        self._attention = attention
+        self._previous: Batch | None = None
+        self._last: Execution | None = None
+        self._launched = self._taken = 0
+        if config.kv_blocks > 0:
+            self.allocate(config.kv_blocks)
+
+    @property
+    def attention_name(self) -> str:
+        return self.backend.name
+
+    def allocate(self, kv_blocks: int) -> None:
+        """Take the KV cache and all buffers, once more if need be; graphs over the former ones are let go."""
+        config, device = self.config, self.device
+        self.graphs = None
+        self.kv_cache: KvCache = allocate_kv_cache(
+            self.model, kv_blocks, config.block_tokens, self.transformer.dtype, device, self.shard
+        )
+        self.backend: AttentionBackend = make_attention(
+            self._attention, self.model, self.kv_cache, config, device, self.shard
+        )
+        self._layout = InputLayout(
+            config.max_budget_tokens, config.max_requests, config.max_blocks_per_request, config.block_tokens
+        )
+        # The last step's tokens stay here, for a step that is launched before the host has seen them.
+        self._sampled = torch.zeros(config.max_requests, dtype=torch.int32, device=device)
+        # One more than can be in flight: a buffer is written again when the step that it was for has been taken.
+        self._host = cycle([_HostBuffer(self._layout, config.max_requests, device) for _ in range(config.depth + 1)])
+        self._static = None if device.type == "cpu" else _DeviceBuffer(self._layout, device)
+
+    def graph_shapes(self, mixed: bool) -> list[StepShape]:
+        """The steps to capture, largest first: of decodes, and small mixed ones if asked; none where none can be."""
+        if self.device.type != "cuda" or not self.backend.captures:
+            return []
+        config = self.config
+        return graph_shapes(config.max_requests, config.max_budget_tokens, config.max_model_tokens, mixed)
+
+    @torch.inference_mode()
+    def capture(self, shapes: list[StepShape]) -> None:
+        """From now on compute steps that fit one of the shapes by replaying its CUDA graph."""
+        self.graphs = None
+        if not shapes:
+            return
+        size = shapes[0].n_tokens, self.model.hidden_size
+        self._hidden = torch.zeros(size, dtype=self.transformer.dtype, device=self.device)
+        outputs = self.config.max_requests if self.shard.is_last else shapes[0].n_tokens
+        self.graphs = CudaGraphs(shapes, outputs, self._fill, self._compute_static, lambda: self.clock() * _S_PER_NS)
 
     def launch(self, batch: Batch) -> "Pending":
-        """Turns the batch into tensors. The token ids are read now, so those of the iteration before must be known."""
-        ends = np.cumsum(batch.n_tokens)
-        first = ends - batch.n_tokens
-        positions = np.arange(ends[-1]) + np.repeat(batch.context - first, batch.n_tokens)
-        sampled = np.flatnonzero(batch.samples)
-        return Pending(
-            runner=self,
-            token_ids=torch.from_numpy(_token_ids(batch)),
-            positions=torch.from_numpy(positions),
-            attention=self.attention.prepare(batch, positions),
-            sampled=torch.from_numpy(ends[sampled] - 1),
-            sampling=_plan_sampling(batch, sampled),
-        )
+        """Start computing: a CUDA device has all of it then, a CPU begins when the result is asked for.
+
+        Raises OutOfDeviceMemory; the batch is then as if it had never been launched.
+        """
+        step = step_input(batch, self._previous)
+        execution = within_memory(lambda: self.execute(step), repeatable=False) if self.device.type == "cuda" else None
+        self._previous = batch
+        self._launched += 1
+        return Pending(self, step, execution, self._launched - self._taken)
+
+    @torch.inference_mode()
+    def execute(self, step: StepInput, hidden: torch.Tensor | None = None) -> Execution:
+        """Compute the step (CPU), or enqueue it on the current stream without waiting (CUDA).
+
+        `hidden` [tokens, hidden_size] comes from the stage before, and is overwritten. At most `config.depth` steps may
+        be in flight. Raises OutOfDeviceMemory.
+        """
+        work = self._prepare(step, eager=False)
+        n_sampled = len(step.sampled_rows) if self.shard.is_last else 0
+        if self.device.type == "cpu":
+            begin_ns = self.clock()
+            out = self._compute(work, hidden)
+            tokens: list[int] = self._sampled[:n_sampled].tolist()
+            return CpuExecution(out, tokens, begin_ns * _S_PER_NS, self.clock() * _S_PER_NS)
+        begin, end = timing_event(), timing_event()
+        begin.record()
+        out = self._compute(work, hidden)
+        on_host = work.host.tokens[:n_sampled]
+        on_host.copy_(self._sampled[:n_sampled], non_blocking=True)
+        end.record()
+        return CudaExecution(out, on_host, begin, end)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits [rows that sample, vocab], without sampling and without graphs; writes the KV cache like `launch`."""
+        work = self._prepare(step_input(batch, None), eager=True)
+        assert work.attention is not None
+        return self.transformer.forward(work.inputs, work.attention)
+
+    def padding_tokens(self, n_tokens: int, n_rows: int) -> int:
+        """How many tokens a step of this size computes in vain."""
+        shape = self.graphs.fit(n_tokens, n_rows) if self.graphs else None
+        return shape.n_tokens - n_tokens if shape else 0
+
+    def take(self, execution: Execution, in_flight: int) -> StepResult:
+        """Wait for a step; the gap before it is a bubble if another was in flight when it was launched."""
+        tokens = execution.tokens()
+        bubble_s = execution.idle_s(self._last) if self._last is not None and in_flight > 1 else 0.0
+        self._last = execution
+        self._taken += 1
+        busy_s = execution.busy_s
+        return StepResult(tokens, busy_s, (StageTimes(busy_s, bubble_s, in_flight),))
+
+    def close(self) -> None:
+        """Nothing to end: all is in this process."""
+
+    def _prepare(self, step: StepInput, eager: bool) -> "_Work":
+        graph = self.graphs.fit(len(step.token_ids), len(step.n_tokens)) if self.graphs and not eager else None
+        shape = graph or StepShape.of(step)
+        host = next(self._host)
+        self._layout.pack(step, shape, host.arrays)
+        arrays = host.views
+        if self._static is not None:
+            used = self._layout.used_words(shape.n_rows)
+            self._static.words[:used].copy_(host.words[:used], non_blocking=True)
+            arrays = self._static.views
+        inputs = self._layout.inputs(arrays, shape)
+        attention = self.backend.prepare(step, inputs) if graph is None else None
+        return _Work(step, host, inputs, self._layout.draws(arrays, step), attention, graph)
+
+    def _compute(self, work: "_Work", hidden: torch.Tensor | None) -> torch.Tensor | None:
+        """What the next stage needs; from the last one nothing, its tokens are in `_sampled`."""
+        if work.graph is not None:
+            return self._replay(work, work.graph, hidden)
+        step, inputs, attention = work.step, work.inputs, work.attention
+        assert attention is not None
+        if (step.token_ids[: step.n_decodes] < 0).any():
+            inputs.token_ids = _known(inputs.token_ids, self._sampled)
+
+        def forward() -> torch.Tensor:
+            out = self.transformer.forward(inputs, attention, hidden)
+            return sample(out, work.draws) if self.shard.is_last else out
+
+        # A stage's input is overwritten, and the other ranks would not take part in a second attempt.
+        out = within_memory(forward, repeatable=hidden is None and self.shard.tp_size == 1)
+        if not self.shard.is_last:
+            return out
+        self._sampled[: len(out)].copy_(out)
+        return None
+
+    def _replay(self, work: "_Work", graph: StepShape, hidden: torch.Tensor | None) -> torch.Tensor | None:
+        assert self.graphs is not None
+        n_tokens, draws = len(work.step.token_ids), work.draws
+        if hidden is not None:
+            self._hidden[:n_tokens].copy_(hidden)
+        out = self.graphs.replay(graph)
+        if not self.shard.is_last:
+            return out[:n_tokens]
+        if draws is not None:
+            drawn = within_memory(lambda: draw(out, draws), repeatable=True)
+            self._sampled.index_copy_(0, draws.rows, drawn.int())
+        return None
+
+    def _compute_static(self, shape: StepShape) -> torch.Tensor:
+        """What a graph captures: all is greedy, rows that draw are drawn after it from the logits that it leaves."""
+        assert self._static is not None
+        inputs = self._layout.inputs(self._static.views, shape)
+        attention = self.backend.capture(inputs)
+        inputs.token_ids = _known(inputs.token_ids, self._sampled)
+        hidden = None if self.shard.is_first else self._hidden[: shape.n_tokens]
+        out = self.transformer.forward(inputs, attention, hidden)
+        if self.shard.is_last:
+            self._sampled[: len(out)].copy_(out.argmax(dim=-1))
+        return out
+
+    def _fill(self, shape: StepShape) -> None:
+        assert self._static is not None
+        host = next(self._host)
+        self._layout.pack(even_step(shape.n_tokens, shape.n_rows, self.config.block_tokens), shape, host.arrays)
+        self._static.words.copy_(host.words)
 
 
 @dataclass(slots=True)
@@ -73,39 +237,48 @@ class Pending:
     """A launched batch. Results must be taken in the order of the launches, once each."""
 
     runner: ModelRunner
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    attention: BatchAttention
-    sampled: torch.Tensor
-    sampling: SamplingPlan | None
+    step: StepInput
+    execution: Execution | None
+    in_flight: int
 
     def result(self) -> StepResult:
-        """Computes the batch, and the tokens of the rows that sample."""
-        start_ns = self.runner.clock()
-        with torch.inference_mode():
-            tokens = sample(self.logits(), self.sampling)
-        device_s = (self.runner.clock() - start_ns) * _S_PER_NS
-        return StepResult(tokens, device_s, (StageTimes(busy_s=device_s, bubble_s=0.0, microbatches_in_flight=1),))
-
-    @torch.inference_mode()
-    def logits(self) -> torch.Tensor:
-        """Logits [rows that sample, vocab], without sampling; writes the KV cache like `result`."""
-        return self.runner.transformer.forward(self.token_ids, self.positions, self.attention, self.sampled)
+        """Wait for the batch: the tokens of the rows that sample, and the device's time."""
+        execution = self.execution or self.runner.execute(self.step)
+        return self.runner.take(execution, self.in_flight)
 
 
-def _token_ids(batch: Batch) -> NDArray[np.int64]:
-    ids: list[int] = []
-    for request, context, n_tokens in zip(batch.requests, batch.context.tolist(), batch.n_tokens.tolist(), strict=True):
-        ids += request.token_ids[context : context + n_tokens]
-    return np.array(ids, dtype=np.int64)
+class _DeviceBuffer:
+    """The numbers of the step that the device works on."""
+
+    def __init__(self, layout: InputLayout, device: torch.device) -> None:
+        self.words = torch.zeros(layout.words, dtype=torch.int32, device=device)
+        self.views = layout.views(self.words)
 
 
-def _plan_sampling(batch: Batch, sampled: NDArray[np.intp]) -> SamplingPlan | None:
-    requests = [batch.requests[row] for row in sampled.tolist()]
-    known = (batch.context + batch.n_tokens)[sampled].tolist()
-    return plan_sampling(
-        [request.sampling for request in requests],
-        [request.seed for request in requests],
-        # Counted from the batch, not from the request: recomputing after a preemption then draws the same number.
-        [n - request.n_prompt for n, request in zip(known, requests, strict=True)],
-    )
+class _HostBuffer:
+    """A step's numbers on their way to the device, or on a CPU in their place; and its tokens on their way back."""
+
+    def __init__(self, layout: InputLayout, max_rows: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.words = torch.zeros(layout.words, dtype=torch.int32, pin_memory=pinned)
+        self.arrays = layout.host_arrays(self.words)
+        self.views = layout.views(self.words)
+        self.tokens = torch.zeros(max_rows, dtype=torch.int32, pin_memory=pinned)
+
+
+@dataclass(slots=True)
+class _Work:
+    """A step ready to be computed: by a graph, or kernel by kernel with `attention`."""
+
+    step: StepInput
+    host: _HostBuffer
+    inputs: DeviceInputs
+    draws: Draws | None
+    attention: BatchAttention | None
+    graph: StepShape | None
+
+
+def _known(token_ids: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+    """Token ids [tokens], with -1 - j replaced by the token of sampled row j of the step before."""
+    places = token_ids.bitwise_not().clamp_(min=0)
+    return torch.where(token_ids < 0, sampled.index_select(0, places), token_ids)

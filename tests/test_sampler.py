@@ -1,12 +1,15 @@
-"""Sampling: the distribution drawn from, and that a draw depends on seed, position and logits alone."""
+"""Sampling: the distribution drawn from, and that a draw depends on its number and its logits alone."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from engine.philox import uniforms
 from engine.request import SamplingParams
-from engine.sampler import SamplingPlan, plan_sampling, sample, uniform
+from engine.sampler import Draws, sample
 
 CHI_SQUARE_999 = {2: 13.82, 5: 20.52, 9: 27.88}  # 99.9 % quantile by degrees of freedom
 LOGITS = torch.tensor([1.5, -0.3, 0.9, 2.2, -1.0, 0.1, 1.1, -2.0, 0.4, 1.9])
@@ -17,17 +20,31 @@ def params(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Samp
     return SamplingParams(max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
 
 
+def draws_of(sampling: Sequence[SamplingParams], numbers: Sequence[float]) -> Draws | None:
+    """Of a batch whose row i asks for `sampling[i]` and has the uniform number `numbers[i]`."""
+    drawn = [row for row, p in enumerate(sampling) if p.temperature > 0]
+    drawn.sort(key=lambda row: sampling[row].top_k > 0 or sampling[row].top_p < 1)
+    if not drawn:
+        return None
+    return Draws(
+        rows=torch.tensor(drawn),
+        uniform=torch.tensor([numbers[row] for row in drawn], dtype=torch.float64),
+        temperature=torch.tensor([sampling[row].temperature for row in drawn], dtype=torch.float64),
+        top_k=torch.tensor([sampling[row].top_k for row in drawn], dtype=torch.int32),
+        top_p=torch.tensor([sampling[row].top_p for row in drawn], dtype=torch.float64),
+        n_unfiltered=sum(sampling[row].top_k == 0 and sampling[row].top_p == 1 for row in drawn),
+    )
+
+
+def draw_at(logits: torch.Tensor, sampling: SamplingParams, numbers: Sequence[float]) -> list[int]:
+    """What the given uniform numbers lead to."""
+    n = len(numbers)
+    return sample(logits.expand(n, -1), draws_of([sampling] * n, numbers)).tolist()
+
+
 def draw(logits: torch.Tensor, sampling: SamplingParams, n: int, seed: int = 7) -> list[int]:
     """The first `n` output tokens of one request whose logits are always the same."""
-    return sample(logits.expand(n, -1), plan_sampling([sampling] * n, [seed] * n, range(n)))
-
-
-def draw_at(logits: torch.Tensor, sampling: SamplingParams, numbers: list[float]) -> list[int]:
-    """What the given uniform numbers lead to."""
-    plan = plan_sampling([sampling] * len(numbers), [0] * len(numbers), range(len(numbers)))
-    assert plan is not None
-    plan.uniform = torch.tensor(numbers, dtype=torch.float64)
-    return sample(logits.expand(len(numbers), -1), plan)
+    return draw_at(logits, sampling, uniforms([seed] * n, range(n)).tolist())
 
 
 @pytest.mark.parametrize(
@@ -69,36 +86,31 @@ def test_a_draw_does_not_depend_on_what_shares_the_batch() -> None:
     logits = torch.from_numpy(rng.normal(size=(n, 50)) * 2)
     kinds = [params(0.0), params(1.0), params(0.7, top_k=8), params(1.3, top_p=0.8), params(1.0, top_k=20, top_p=0.9)]
     sampling = [kinds[i % len(kinds)] for i in range(n)]
-    seeds, positions = rng.integers(0, 2**31, n).tolist(), rng.integers(0, 5000, n).tolist()
-    together = sample(logits, plan_sampling(sampling, seeds, positions))
+    numbers = rng.random(n).tolist()
+    together = sample(logits, draws_of(sampling, numbers)).tolist()
     for part in np.array_split(rng.permutation(n), 9):
         rows = part.tolist()
-        plan = plan_sampling([sampling[i] for i in rows], [seeds[i] for i in rows], [positions[i] for i in rows])
-        assert sample(logits[rows], plan) == [together[i] for i in rows]
+        draws = draws_of([sampling[i] for i in rows], [numbers[i] for i in rows])
+        assert sample(logits[rows], draws).tolist() == [together[i] for i in rows]
     assert together != logits.argmax(-1).tolist()
 
 
-def test_seed_and_position_each_change_the_draws() -> None:
+def test_numbers_change_the_draws() -> None:
     assert draw(LOGITS, params(), 50, seed=1) == draw(LOGITS, params(), 50, seed=1)
     assert draw(LOGITS, params(), 50, seed=1) != draw(LOGITS, params(), 50, seed=2)
-    assert len({uniform(seed, position) for seed in range(30) for position in range(30)}) == 900
 
 
-@pytest.mark.parametrize("seed", [0, 2**64 + 5, -1])
-def test_the_uniform_number_is_the_first_of_numpys_philox_at_that_counter(seed: int) -> None:
-    generator = np.random.Generator(np.random.Philox(key=seed % 2**128, counter=12))
-    assert uniform(seed, 12) == generator.random()
-
-
-def test_an_all_greedy_batch_needs_no_plan_and_takes_the_argmax() -> None:
+def test_without_draws_every_row_takes_the_likeliest() -> None:
     logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(1))
-    plan = plan_sampling([params(0.0)] * 5, [0] * 5, [0] * 5)
-    assert plan is None
-    assert sample(logits, plan) == logits.argmax(-1).tolist()
+    assert sample(logits, None).tolist() == logits.argmax(-1).tolist()
+    assert sample(torch.empty(0, 30), None).tolist() == []
 
 
-def test_a_batch_in_which_no_row_samples_yields_no_token() -> None:
-    assert sample(torch.empty(0, 30), plan_sampling([], [], [])) == []
+def test_only_the_rows_that_ask_for_it_are_drawn() -> None:
+    """The number is at the very end, so that a draw cannot be the likeliest token."""
+    logits = torch.tensor([3.0, 2.0, 1.0]).expand(4, -1)
+    sampling = [params(0.0), params(), params(0.0), params(top_k=2)]
+    assert sample(logits, draws_of(sampling, [ALMOST_ONE] * 4)).tolist() == [0, 2, 0, 1]
 
 
 @pytest.mark.parametrize("sampling", [params(top_k=1), params(top_p=1e-9), params(1e-300)])
@@ -125,9 +137,7 @@ def test_uniform_numbers_walk_through_the_tokens_in_order() -> None:
     assert draw_at(logits, params(), [0.0, 0.2, 0.3, 0.7, 0.8, ALMOST_ONE]) == [0, 0, 1, 1, 2, 2]
 
 
-def test_only_the_rows_with_a_temperature_are_planned() -> None:
-    plan = plan_sampling([params(0.0), params(0.5, top_k=4), params(0.0), params(2.0)], [1, 2, 3, 4], [5, 6, 7, 8])
-    assert isinstance(plan, SamplingPlan)
-    assert plan.rows.tolist() == [1, 3]
-    assert plan.uniform.tolist() == [uniform(2, 6), uniform(4, 8)]
-    assert plan.filtered.tolist() == [True, False]
+@pytest.mark.parametrize("sampling", [params(), params(top_k=3)])
+def test_logits_that_overflowed_yield_some_token(sampling: SamplingParams) -> None:
+    tokens = draw_at(torch.full((7,), torch.nan), sampling, [0.0, 0.5, ALMOST_ONE])
+    assert set(tokens) <= set(range(7))

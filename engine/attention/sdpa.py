@@ -1,48 +1,22 @@
-"""Attention over a paged KV cache, for a flat batch of decodes and prefill chunks."""
+"""torch's scaled_dot_product_attention on gathered blocks: the backend that runs anywhere, in any dtype."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from engine.model_config import ModelConfig
-from engine.request import Batch
-
-KvCache = list[torch.Tensor]
-"""One tensor a layer, [blocks, 2, block_tokens, kv_heads, head_dim]: a block's keys, then its values."""
+from engine.attention.backend import BLOCK_TOKENS, EagerOnly, KvCache
+from engine.device_inputs import DeviceInputs
+from engine.step_input import Int32, StepInput
 
 # Keys and values of the decodes that one call handles. Gathered and attended to inside the L2 cache of a core they
 # cost a fraction of what they cost beyond it; this also bounds what padding to the longest row can waste.
 _GROUP_BYTES = 1 << 20
 # Queries of a prefill chunk that one call handles: each tile sees only the keys up to its own last query.
 _TILE_TOKENS = 64
-
-
-class BatchAttention(Protocol):
-    """Attention of one prepared batch."""
-
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Write k and v of the batch's tokens to the cache, then attend; called once per layer.
-
-        q is [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim], in the batch's row order; returns
-        [tokens, heads, head_dim].
-        """
-
-
-class AttentionBackend(Protocol):
-    """A way to compute attention; what depends on the batch but not on the layer is computed once, in `prepare`."""
-
-    def prepare(self, batch: Batch, positions: NDArray[np.int64]) -> BatchAttention:
-        """`positions` [tokens] is each token's index in its request, rows one after another."""
-
-
-def allocate_kv_cache(model: ModelConfig, blocks: int, block_tokens: int, dtype: torch.dtype) -> KvCache:
-    # Zeros, not empty: masked keys get weight 0, and 0 times the NaN of uninitialised memory would be NaN.
-    shape = (blocks, 2, block_tokens, model.num_key_value_heads, model.head_dim)
-    return [torch.zeros(shape, dtype=dtype) for _ in range(model.num_hidden_layers)]
 
 
 @dataclass(slots=True)
@@ -78,55 +52,58 @@ class _View:
     chunks: list[tuple[torch.Tensor, list[_Tile]]]
 
 
-class SdpaAttention:
-    """torch's scaled_dot_product_attention on gathered blocks: the backend that runs anywhere.
+class SdpaAttention(EagerOnly):
+    """Batches run one at a time: the gathered keys and values live in a buffer that the next call overwrites.
 
-    Batches run one at a time: the gathered keys and values live in a buffer that the next call overwrites. A page is
-    the keys or the values of a block: block b has pages 2b and 2b + 1.
+    A page is the keys or the values of a block: block b has pages 2b and 2b + 1.
     """
 
-    def __init__(self, model: ModelConfig, cache: KvCache, max_model_tokens: int) -> None:
+    name = "sdpa"
+    block_tokens = BLOCK_TOKENS["sdpa"]
+
+    def __init__(self, cache: KvCache, windows: list[int | None], max_model_tokens: int) -> None:
         block = cache[0][0]
+        self.cache = cache
         self.pages = [layer.flatten(0, 1) for layer in cache]
-        self.windows = model.sliding_windows
-        self.block_tokens = block.shape[1]
+        self.windows = windows
+        self.page_tokens = block.shape[1]
         self.group_blocks = max(1, _GROUP_BYTES // (block.numel() * block.element_size()))
-        most_blocks = max(self.group_blocks, -(-max_model_tokens // self.block_tokens))
+        most_blocks = max(self.group_blocks, -(-max_model_tokens // self.page_tokens))
         # Allocated once: fresh memory of this size costs page faults on every call.
-        self.scratch = torch.empty((2 * most_blocks, *block.shape[1:]), dtype=block.dtype)
-        self.newest_column = max_model_tokens + self.block_tokens
+        self.scratch = block.new_empty((2 * most_blocks, *block.shape[1:]))
+        self.newest_column = max_model_tokens + self.page_tokens
         self.ramps = {window: self._ramp(window) for window in set(self.windows)}
 
-    def prepare(self, batch: Batch, positions: NDArray[np.int64]) -> BatchAttention:
-        rows = np.repeat(np.arange(len(batch.n_tokens)), batch.n_tokens)
-        block_ids, offsets = batch.block_tables[rows, positions // self.block_tokens], positions % self.block_tokens
-        slots = torch.from_numpy(block_ids * (2 * self.block_tokens) + offsets)
-        return _SdpaBatch(self, slots, {window: self._view(batch, window) for window in self.ramps})
+    def prepare(self, step: StepInput, inputs: DeviceInputs) -> "_SdpaBatch":
+        return _SdpaBatch(self, {window: self._view(step, window) for window in self.ramps})
+
+    def _on_device(self, array: NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.scratch.device)
 
     def _ramp(self, window: int | None) -> torch.Tensor:
         """Mask of a query over keys in order of position, its own at `newest_column`, far enough to both sides."""
-        distance = self.newest_column - torch.arange(2 * self.newest_column)
+        distance = self.newest_column - torch.arange(2 * self.newest_column, device=self.scratch.device)
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        return torch.zeros(hidden.shape, dtype=self.scratch.dtype).masked_fill_(hidden, -torch.inf)
+        return self.scratch.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
-    def _mask(self, window: int | None, newest: NDArray[np.int64], n_keys: int) -> torch.Tensor:
+    def _mask(self, window: int | None, newest: NDArray[np.integer[Any]], n_keys: int) -> torch.Tensor:
         """[len(newest), n_keys]: row i is a query whose own key is number `newest[i]` of consecutive keys."""
-        starts = torch.from_numpy(self.newest_column - newest)
+        starts = self._on_device(self.newest_column - newest)
         return self.ramps[window].unfold(0, n_keys, 1).index_select(0, starts)
 
-    def _view(self, batch: Batch, window: int | None) -> _View:
-        n = batch.n_decodes
-        order, groups = self._decode_groups(batch.context[:n], batch.block_tables[:n], window)
+    def _view(self, step: StepInput, window: int | None) -> _View:
+        n = step.n_decodes
+        order, groups = self._decode_groups(step.context[:n], step.block_tables[:n], window)
         chunks = []
         start = n
-        for row in range(n, len(batch.n_tokens)):
-            context, n_tokens = int(batch.context[row]), int(batch.n_tokens[row])
-            chunks.append(self._chunk(start, n_tokens, context, batch.block_tables[row], window))
+        for row in range(n, len(step.n_tokens)):
+            context, n_tokens = int(step.context[row]), int(step.n_tokens[row])
+            chunks.append(self._chunk(start, n_tokens, context, step.block_tables[row], window))
             start += n_tokens
         return _View(order, groups, chunks)
 
     def _decode_groups(
-        self, positions: NDArray[np.int64], tables: NDArray[np.int32], window: int | None
+        self, positions: Int32, tables: Int32, window: int | None
     ) -> tuple[torch.Tensor, list[_DecodeGroup]]:
         """Longest rows first, as many to a group as `group_blocks` holds when padded to the group's longest."""
         n = len(positions)
@@ -134,31 +111,31 @@ class SdpaAttention:
             return torch.empty(0, dtype=torch.int64), []
         first_block = np.zeros_like(positions)
         if window is not None:
-            first_block = np.maximum(0, positions + 1 - window) // self.block_tokens
-        n_blocks = positions // self.block_tokens + 1 - first_block
+            first_block = np.maximum(0, positions + 1 - window) // self.page_tokens
+        n_blocks = positions // self.page_tokens + 1 - first_block
         order = np.argsort(-n_blocks, kind="stable")
         widths = n_blocks[order].tolist()
         columns = np.minimum(first_block[order, None] + np.arange(widths[0]), tables.shape[1] - 1)
         key_pages = 2 * tables[order[:, None], columns]
         pages = np.stack((key_pages, key_pages + 1))
-        newest = (positions - first_block * self.block_tokens)[order]
-        mask = self._mask(window, newest, widths[0] * self.block_tokens)[:, None, None]
+        newest = (positions - first_block * self.page_tokens)[order]
+        mask = self._mask(window, newest, widths[0] * self.page_tokens)[:, None, None]
         groups = []
         start = 0
         while start < n:
             width = widths[start]
             end = min(n, start + max(1, self.group_blocks // width))
-            group_pages = torch.from_numpy(pages[:, start:end, :width].ravel())
-            groups.append(_DecodeGroup(start, end, group_pages, mask[start:end, ..., : width * self.block_tokens]))
+            group_pages = self._on_device(pages[:, start:end, :width].ravel())
+            groups.append(_DecodeGroup(start, end, group_pages, mask[start:end, ..., : width * self.page_tokens]))
             start = end
-        return torch.from_numpy(order), groups
+        return self._on_device(order), groups
 
     def _chunk(
-        self, start: int, n_tokens: int, context: int, table: NDArray[np.int32], window: int | None
+        self, start: int, n_tokens: int, context: int, table: Int32, window: int | None
     ) -> tuple[torch.Tensor, list[_Tile]]:
         """A prefill chunk whose first token is number `start` of the batch: the pages it sees, and its tiles."""
-        first_block = 0 if window is None else max(0, context + 1 - window) // self.block_tokens
-        gathered_from = first_block * self.block_tokens
+        first_block = 0 if window is None else max(0, context + 1 - window) // self.page_tokens
+        gathered_from = first_block * self.page_tokens
         tiles = []
         for offset in range(0, n_tokens, _TILE_TOKENS):
             size = min(_TILE_TOKENS, n_tokens - offset)
@@ -167,21 +144,17 @@ class SdpaAttention:
             mask = self._mask(window, position - first + np.arange(size), position + size - first)
             seen = first - gathered_from, position + size - gathered_from
             tiles.append(_Tile(start + offset, start + offset + size, *seen, mask))
-        key_pages = 2 * table[first_block : (context + n_tokens - 1) // self.block_tokens + 1]
-        return torch.from_numpy(np.concatenate((key_pages, key_pages + 1))), tiles
+        key_pages = 2 * table[first_block : (context + n_tokens - 1) // self.page_tokens + 1]
+        return self._on_device(np.concatenate((key_pages, key_pages + 1))), tiles
 
 
 class _SdpaBatch:
-    def __init__(self, backend: SdpaAttention, slots: torch.Tensor, views: dict[int | None, _View]) -> None:
+    def __init__(self, backend: SdpaAttention, views: dict[int | None, _View]) -> None:
         self.backend = backend
-        self.key_slots = slots
-        self.value_slots = slots + backend.block_tokens
+        self.cache = backend.cache
         self.views = views
 
-    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        slots = self.backend.pages[layer].flatten(0, 1)
-        slots.index_put_((self.key_slots,), k)
-        slots.index_put_((self.value_slots,), v)
+    def attend(self, layer: int, q: torch.Tensor) -> torch.Tensor:
         view = self.views[self.backend.windows[layer]]
         out = q.new_empty(q.shape)
         if view.groups:
@@ -197,7 +170,7 @@ class _SdpaBatch:
                     attn_mask=tile.mask,
                     enable_gqa=True,
                 )[0].transpose(0, 1)
-        return out
+        return out.flatten(1)
 
     def _attend_decodes(self, layer: int, q: torch.Tensor, view: _View, out: torch.Tensor) -> None:
         n, (n_heads, head_dim) = len(view.order), q.shape[1:]
