@@ -19,7 +19,7 @@ from profiles.bench_report import summarise, write_json
 from profiles.iterations import read_iterations
 from profiles.load import replay
 
-READY_S = 120.0
+READY_S = 300.0  # a large model loads, compiles and captures graphs
 
 Start = Callable[..., BaseProcess]
 """Starts a verb of the command line as a child process: `start("serve", "--port", "8000")`."""

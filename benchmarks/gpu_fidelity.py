@@ -1,0 +1,104 @@
+"""How well the simulator foretells the served runs of `benchmarks.gpu_serving`, from a profile of the same GPU.
+
+    python -m benchmarks.gpu_fidelity --serving FOLDER --profile FILE
+
+FOLDER is what gpu_serving wrote, FILE what `pacer profile` wrote: batches timed one by one, no request among them. The
+simulator gets the requests as they arrived, the engine's bounds and the budget; throughput, TTFT and TBT of ten draws
+of the noise stand beside what telemetry told. No GPU is needed.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.fidelity import THROUGHPUT_GOAL, Figures, pooled
+from benchmarks.live_runs import Live, read_live
+from benchmarks.report import report
+from engine.config import EngineConfig
+from envs.outcome import Outcome
+from envs.simulator import Plant, Simulation
+from envs.slo import Slo
+from envs.step_time import StepTimeModel
+
+GOAL = 0.15
+DRAWS = 10
+BLOCK_TOKENS = 16
+
+
+def engine_of(folder: Path, live: Live, budget: int) -> EngineConfig:
+    """The engine that served the run, as far as telemetry tells: its bounds, and whether it looked ahead."""
+    messages = pq.read_table(sorted((folder / "journal").glob("part-*.parquet"))[0], columns=["telemetry"])
+    telemetry: list[dict[str, Any]] = messages["telemetry"].to_pylist()
+    bounds = telemetry[0]["bounds"]
+    stages = [stage for message in telemetry for c in message["completed"] for stage in c["stages"]]
+    return EngineConfig(
+        budget_tokens=budget,
+        chunk_tokens=budget,
+        max_budget_tokens=bounds["max_budget_tokens"],
+        min_budget_tokens=bounds["min_budget_tokens"],
+        tile_tokens=bounds["tile_tokens"],
+        max_requests=bounds["max_requests"],
+        max_model_tokens=int((live.workload.prompt_tokens + live.workload.output_tokens).max()),
+        block_tokens=BLOCK_TOKENS,
+        kv_blocks=bounds["kv_tokens"] // BLOCK_TOKENS,
+        look_ahead=max(stage["microbatches_in_flight"] for stage in stages) > 1,
+    )
+
+
+def simulate(live: Live, config: EngineConfig, model: StepTimeModel, draws: int) -> list[Outcome]:
+    outcomes = []
+    for seed in range(draws):
+        simulation = Simulation(Plant(config, model), live.workload, seed)
+        simulation.run_static(config.budget_tokens, config.chunk_tokens)
+        outcomes.append(simulation.outcome())
+    return outcomes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--serving", type=Path, required=True, help="the folder of benchmarks.gpu_serving")
+    parser.add_argument("--profile", type=Path, required=True, help="step-time model of the same GPU and model")
+    parser.add_argument("--quick", action="store_true", help="two draws")
+    args = parser.parse_args()
+    model = StepTimeModel.load(args.profile)
+    folders = [
+        path.parent for path in sorted(args.serving.glob("pacer/*-*/bench.json")) if path.parent.name != "warm-up"
+    ]
+    table = Table(title="live, simulated and error")
+    for head in ("run", "req/s", "mean TTFT (s)", "P99 TTFT (s)", "P99 TBT (ms)"):
+        table.add_column(head, justify="right", no_wrap=True)
+    shares: list[float] = []
+    for folder in folders:
+        budget = int(folder.name.rpartition("-")[2])
+        live = read_live(folder, Slo(tbt_s=1.0))
+        told, foretold = (
+            pooled([live]),
+            pooled(simulate(live, engine_of(folder, live, budget), model, 2 if args.quick else DRAWS)),
+        )
+        errors = [s / m - 1 for s, m in zip(foretold, told, strict=True)]
+        goals = (THROUGHPUT_GOAL, *[GOAL] * (len(Figures._fields) - 1))
+        shares += [abs(error) / goal for error, goal in zip(errors, goals, strict=True)]
+        units = (1.0, 1.0, 1.0, 1e3)
+        figures = zip(told, foretold, errors, units, strict=True)
+        table.add_row(folder.name, *(f"{m * unit:.3f} {s * unit:.3f} {e:+.1%}" for m, s, e, unit in figures))
+    Console(width=150).print(table)
+    worst = max(shares, default=float("nan"))
+    report(
+        "largest error of the simulator on the served runs, as a share of its goal",
+        worst,
+        f"<= 1 (throughput {THROUGHPUT_GOAL:.0%}, latencies {GOAL:.0%})",
+        ok=bool(worst <= 1),
+        seed=0,
+        runs=len(folders),
+        figures_within_goal=f"{sum(share <= 1 for share in shares)} of {len(shares)}",
+        median_share=float(np.median(shares)) if shares else None,
+    )
+
+
+if __name__ == "__main__":
+    main()

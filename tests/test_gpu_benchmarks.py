@@ -1,0 +1,137 @@
+"""What the GPU benchmarks are made of, on the CPU: cells formed exactly, and microbatches of equal time."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.equal_time import EqualTime, StaticBudget, next_prompts
+from benchmarks.gpu_steps import cells, floor_s
+from benchmarks.our_steps import Ours
+from benchmarks.pipeline_runs import BudgetLaw, ClosedLoop, figures
+from benchmarks.step_cells import Cell, Step, measure
+from engine.config import EngineConfig, ModelSource
+from engine.loader import load_runner
+from engine.protocol import Telemetry
+from envs.simulator import Plant, Simulation
+from envs.step_time import StepTimeModel
+from envs.trace import make_workload
+from policies.policy import Decision
+
+TRUTH = StepTimeModel.from_formula((8.4e-3, 12e-6, 30e-9), (3e-3, 62e-6, 30e-9, 1.7e-9, 0.3e-3))
+PIPELINE = EngineConfig(
+    budget_tokens=512,
+    chunk_tokens=512,
+    max_budget_tokens=8192,
+    max_requests=16,
+    max_model_tokens=32_768,
+    block_tokens=128,
+    kv_blocks=6000,
+    pipeline_parallel=2,
+)
+
+
+@pytest.mark.parametrize("cell", [Cell(3, 40, steps=4), Cell(2, 20, 30, 0, steps=4), Cell(2, 20, 30, 90, steps=4)])
+def test_the_engine_forms_a_cell_exactly(cell: Cell) -> None:
+    config = EngineConfig(
+        budget_tokens=8192,
+        chunk_tokens=8192,
+        max_budget_tokens=8192,
+        max_requests=8,
+        max_model_tokens=8192,
+        kv_blocks=1024,
+        look_ahead=True,
+        knobs_ttl_s=3600.0,
+    )
+    runner, config = load_runner(ModelSource(), config, time.monotonic_ns)
+    engine = Ours(runner, config)
+    for _ in range(2):  # a cell leaves nothing behind
+        figures = measure(engine, cell)
+        assert {len(values) for values in figures.values()} == {cell.steps}
+        assert min(figures["wall_s"]) > 0
+        grown = np.array(figures["decode_context_tokens"]) / cell.decodes - cell.context
+        assert grown.min() >= 0
+        assert grown.max() < 60
+        chunks = {cell.prefix, cell.prefix + cell.chunk} if cell.prefix else {0}
+        assert set(figures["prefix"]) <= chunks
+    runner.close()
+
+
+def test_a_step_holds_a_cell_only_as_a_whole() -> None:
+    cell = Cell(4, 64, 60, 240)
+    step = Step(4, 300, (60,), (240,), 0.0, 0.0)
+    assert cell.is_held_by(step)
+    assert cell.is_held_by(step._replace(contexts=(300,)))
+    for other in (
+        step._replace(decodes=3),
+        step._replace(chunks=(59,)),
+        step._replace(chunks=(30, 30), contexts=(240, 240)),
+        step._replace(contexts=(180,)),
+        step._replace(contexts=(360,)),
+    ):
+        assert not cell.is_held_by(other)
+
+
+def test_the_cells_are_those_of_the_comparison() -> None:
+    chosen = cells(quick=False)
+    assert {(c.decodes, c.context) for c in chosen if not c.chunk} >= {(n, 1024) for n in (1, 32, 64, 128, 256)}
+    assert sorted({c.tokens for c in chosen if c.chunk}) == [512, 1024, 2048, 4096]
+    assert all(c.prefix % c.chunk == 0 and 28_000 < c.prefix <= 32_768 for c in chosen if c.prefix)
+
+
+def test_the_floor_is_the_weights_for_a_decode_and_the_arithmetic_for_a_chunk() -> None:
+    decode = floor_s(Cell(1, 1024), {"decode_context_tokens": 1024, "prefix": 0})
+    assert decode == pytest.approx(14.4e9 / 4.3e12, rel=0.03)
+    chunk = floor_s(Cell(32, 1024, 4064), {"decode_context_tokens": 32 * 1024, "prefix": 0})
+    attention = 4 * 32 * 4096 * 4064**2 / 2  # queries by keys, and weights by values, in 32 layers of 4096
+    assert chunk == pytest.approx((2 * 6.98e9 * 4096 + attention) / 790e12, rel=0.01)
+
+
+def pipelined(law: BudgetLaw) -> tuple[float, float]:
+    """(bubble seconds, P99 TBT in s) of long prompts in a modelled pipeline of two, while requests wait."""
+    workload = make_workload("poisson:1", "long-prompts", np.random.default_rng(0), 60, PIPELINE.max_model_tokens)
+    simulation = Simulation(Plant(PIPELINE, TRUTH), replace(workload, arrival_s=np.zeros(60)))
+    bubbles, gaps = 0.0, list[float]()
+
+    def decide(telemetry: Telemetry, now_ns: int) -> Decision:
+        nonlocal bubbles
+        if telemetry.queue.waiting_requests and telemetry.iteration > 50:
+            bubbles += sum(stage.bubble_s for c in telemetry.completed for stage in c.stages)
+            gaps.extend(gap for c in telemetry.completed for gap in c.tbt_s)
+        budget = law.budget(telemetry)
+        return Decision(budget, budget, law.name)
+
+    simulation.run_law(decide)
+    return bubbles, float(np.quantile(gaps, 0.99))
+
+
+def test_microbatches_of_equal_time_leave_fewer_bubbles_and_shorter_gaps_than_a_static_budget() -> None:
+    static_bubbles_s, static_tbt_s = pipelined(StaticBudget(512))
+    equal_bubbles_s, equal_tbt_s = pipelined(EqualTime(TRUTH, 0.02, 2, "equal"))
+    assert equal_bubbles_s < 0.45 * static_bubbles_s
+    assert equal_tbt_s < 0.5 * static_tbt_s
+    assert equal_tbt_s == pytest.approx(2 * 0.02, rel=0.2), "two microbatches take turns"
+
+
+def test_equal_time_looks_at_the_prompt_behind_the_reported_microbatch() -> None:
+    simulation = Simulation(
+        Plant(PIPELINE, TRUTH), make_workload("poisson:1", "uniform:3000-3000,5-5", np.random.default_rng(0), 2)
+    )
+    simulation.step(1024, 1024)
+    outlook = next_prompts(simulation.telemetry(), 0, 0)
+    assert (outlook.head_context_tokens, outlook.head_remaining_tokens) == (1024, 3000 - 1024)
+
+
+def test_a_closed_loop_keeps_its_requests_at_once_and_counts_what_it_measures() -> None:
+    config = EngineConfig(max_requests=8, kv_blocks=512, knobs_ttl_s=3600.0)
+    runner, config = load_runner(ModelSource(), config, time.monotonic_ns)
+    workload = make_workload("poisson:1", "uniform:20-40,4-8", np.random.default_rng(0), 5)
+    run = ClosedLoop(runner, config, StaticBudget(64), workload, 4).run(1.5, 30.0)
+    runner.close()
+    row = figures(run)
+    assert run.duration_s == pytest.approx(1.5, abs=1.0)
+    assert row["iterations"] == len(run.completions) > 0
+    assert row["tokens"] >= sum(len(c.tbt_s) for c in run.completions)
+    assert len(row["busy_s"]) == 1
+    assert 0 <= row["bubble_share"] < 1
