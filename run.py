@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.config import EngineConfig, ModelSource
+from engine import flags
 from engine.link import CurveKeys, Endpoints
 
 if TYPE_CHECKING:
@@ -45,12 +45,14 @@ def _parser() -> Parser:
     parser = Parser("pacer", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, run, text, parts in (
-        ("serve", _serve, "run an engine and its HTTP server", (_sockets, _engine)),
+        ("serve", _serve, "run an engine and its HTTP server", (_sockets, flags.add_flags)),
         ("control", _control, "run the controller sidecar for running engines", (_sockets, _controller)),
-        ("launch", _launch, "run an engine with the controller beside it", (_sockets, _engine, _controller)),
+        ("launch", _launch, "run an engine with the controller beside it", (_sockets, flags.add_flags, _controller)),
         ("record", _record, "store a running engine's requests and iterations", (_sockets, _recording)),
         ("bench", _bench, "replay a workload against any OpenAI endpoint", (_load,)),
         ("compare", _compare, "compare policies on the same requests, in simulation", (_comparison,)),
+        ("profile", _profile, "measure how long an engine's steps take, and fit a step-time model", (_profiling,)),
+        ("doctor", _doctor, "say which devices and attention backends this machine has", ()),
         ("demo", _demo, "compare static and adaptive budgets on a real engine, here and now", (_demonstration,)),
     ):
         sub = verbs.add_parser(
@@ -68,33 +70,6 @@ def _sockets(parser: Parser) -> None:
     add("--socket-dir", type=Path, default=default, help="where ipc sockets are, mode 0700")
     add("--curve-key", type=Path, help="this side's .key_secret file, for tcp")
     add("--curve-peer", type=Path, help="the other side's .key file, for tcp")
-
-
-def _engine(parser: Parser) -> None:
-    config, source = EngineConfig(), ModelSource()
-    add = parser.add_argument_group("engine").add_argument
-    add("--model", type=Path, help="Hugging Face folder; without it a built-in 26M Llama with random weights")
-    add("--load-format", choices=("auto", "dummy"), default=source.load_format, help="dummy: seeded random weights")
-    add("--dtype", default=source.dtype, help="float32, bfloat16 or float16")
-    add("--threads", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="CPU threads of the computation")
-    add("--served-model-name", help="the model's name in the API; default: the folder's name")
-    add("--host", default="127.0.0.1")
-    add("--port", type=int, default=8000)
-    add("--name", default=config.name, help="names the engine's sockets")
-    add("--listen", metavar="TELEMETRY,KNOBS", help="also bind these two tcp:// addresses (needs CURVE keys)")
-    add("--schedule", default=config.schedule, help="stall-free, prefill-first, orca, request-level or chunks-only")
-    add("--budget", type=int, default=config.budget_tokens, help="fallback token budget, until a controller answers")
-    add("--chunk", type=int, help="fallback chunk size; default: the budget")
-    add("--max-num-batched-tokens", type=int, default=config.max_budget_tokens, help="largest budget ever allowed")
-    add("--min-budget", type=int, default=config.min_budget_tokens, help="smallest budget ever allowed")
-    add("--tile", type=int, default=config.tile_tokens, help="GEMM tile: larger knobs are cut to whole tiles")
-    add("--max-num-seqs", type=int, default=config.max_requests, help="most requests running at once")
-    add("--max-model-len", type=int, default=config.max_model_tokens, help="most tokens of a prompt and its output")
-    add("--block-size", type=int, default=config.block_tokens, help="tokens in a KV block")
-    add("--kv-blocks", type=int, default=config.kv_blocks)
-    add("--enable-prefix-caching", action="store_true")
-    add("--knobs-ttl", type=float, default=config.knobs_ttl_s, help="seconds without knobs until the fallback")
-    add("--seed", type=int, default=config.seed)
 
 
 def _controller(parser: Parser) -> None:
@@ -145,6 +120,12 @@ def _comparison(parser: Parser) -> None:
     add_flags(parser)
 
 
+def _profiling(parser: Parser) -> None:
+    from profiles.sweep import add_flags  # noqa: PLC0415
+
+    add_flags(parser)
+
+
 def _demonstration(parser: Parser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("pacer-out/demo"), help="folder for telemetry, journal, table and picture")
@@ -154,29 +135,12 @@ def _demonstration(parser: Parser) -> None:
 def _serve(args: argparse.Namespace) -> int:
     from engine.serve import Clocks, ServeOptions, serve  # noqa: PLC0415
 
-    config = EngineConfig(
-        name=args.name,
-        schedule=args.schedule,
-        budget_tokens=args.budget,
-        chunk_tokens=args.chunk or args.budget,
-        max_budget_tokens=args.max_num_batched_tokens,
-        min_budget_tokens=args.min_budget,
-        tile_tokens=args.tile,
-        max_requests=args.max_num_seqs,
-        max_model_tokens=args.max_model_len,
-        block_tokens=args.block_size,
-        kv_blocks=args.kv_blocks,
-        prefix_caching=args.enable_prefix_caching,
-        knobs_ttl_s=args.knobs_ttl,
-        seed=args.seed,
-    )
     places = [Endpoints.ipc(args.socket_dir, args.name)]
     if args.listen:
         places.append(_tcp(args.listen))
-    model_name = args.served_model_name or (args.model.name if args.model else "pacer-26m")
-    source = ModelSource(args.model, args.load_format, args.dtype, args.threads)
     clocks = Clocks(time.monotonic_ns, time.time, lambda: uuid.uuid4().hex)
-    return serve(ServeOptions(config, source, model_name, args.host, args.port, places, _keys(args), clocks))
+    config, source, name = flags.engine_config(args), flags.model_source(args), flags.model_name(args)
+    return serve(ServeOptions(config, source, name, args.host, args.port, places, _keys(args), clocks))
 
 
 def _control(args: argparse.Namespace) -> int:
@@ -240,6 +204,19 @@ def _compare(args: argparse.Namespace) -> int:
     from profiles.compare_live import run_asked  # noqa: PLC0415
 
     return run_asked(_start, args, time.strftime("%Y-%m-%d %H:%M"))
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from profiles.sweep import run_asked  # noqa: PLC0415
+
+    return run_asked(args, time.monotonic_ns, time.strftime("%Y-%m-%d %H:%M"))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from engine.doctor import diagnose  # noqa: PLC0415
+
+    print("\n".join(diagnose()))
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:

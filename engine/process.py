@@ -66,7 +66,8 @@ class RequestGate:
                 scheduler.submit(message, clock())
             except ValueError as error:
                 logger.warning("refused: %s", error)
-                self.send([TokenOutput(message.request_id, -1, FinishReason.ABORT)])
+                reason = f"the engine refused the request: {error}"
+                self.send([TokenOutput(message.request_id, -1, FinishReason.ABORT, error=reason)])
 
     def _check_ids(self, submit: Submit) -> None:
         strangers = [token for token in submit.prompt_ids if not 0 <= token < self._vocab_size]
@@ -114,31 +115,40 @@ def main(
     `places` are where a controller can find it, the first one (ipc) with the HTTP server's sockets.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
-    try:
-        # Imported here: the parent, the HTTP server, imports this module to start it and needs no model code.
-        from engine.loader import load_runner  # noqa: PLC0415
+    with contextlib.ExitStack() as opened:
+        try:
+            # Imported here: the parent, the HTTP server, imports this module to start it and needs no model code.
+            from engine.loader import load_runner  # noqa: PLC0415
 
-        claim = places[0].claim()
-        runner = load_runner(source, config, clock)
-        _warm_up(config, runner, clock)
-        engine_id = f"{config.name}-{clock():x}"  # the clock has moved on since any earlier start
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        link = EngineLink(context, places, engine_id, config.bounds, keys)
-        gate = RequestGate(context, places[0], runner.vocab_size)
-    except (ValueError, OSError, RuntimeError, zmq.ZMQError) as error:  # RuntimeError: torch, out of memory
-        ready.send(str(error))
-        return
-    gc.freeze()  # a collection that walks through all that was loaded would hold up a step
-    core = EngineCore(engine_id, config, Scheduler(config), runner, link, clock, gate.send)
-    ready.send("")
-    run_loop(core, gate, clock, idle_heartbeat_s(config))
-    link.close()
-    claim.close()
+            opened.callback(places[0].claim().close)
+            runner, config = load_runner(source, config, clock)
+            opened.callback(runner.close)
+            _warm_up(config, runner, clock)
+            engine_id = f"{config.name}-{clock():x}"  # the clock has moved on since any earlier start
+            context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+            link = EngineLink(context, places, engine_id, config.bounds, keys)
+            opened.callback(link.close)
+            gate = RequestGate(context, places[0], runner.vocab_size)
+        except (ValueError, OSError, RuntimeError, zmq.ZMQError) as error:  # RuntimeError: torch, out of memory
+            ready.send(str(error))
+            return
+        gc.freeze()  # a collection that walks through all that was loaded would hold up a step
+        core = EngineCore(engine_id, config, Scheduler(config), runner, link, clock, gate.send)
+        ready.send("")
+        run_loop(core, gate, clock, idle_heartbeat_s(config))
 
 
 def _warm_up(config: EngineConfig, runner: Runner, clock: Callable[[], int]) -> None:
-    """Compile and allocate before the first request, by serving one of our own outside the telemetry."""
-    core = EngineCore("warm-up", config, Scheduler(config), runner, MemoryLink(), clock, lambda tokens: None)
+    """Compile and allocate before the first request, by serving one of our own outside the telemetry.
+
+    Raises RuntimeError when not even that can be served.
+    """
+
+    def check(tokens: list[TokenOutput]) -> None:
+        if tokens[-1].error:
+            raise RuntimeError(f"the first request of our own has failed: {tokens[-1].error}")
+
+    core = EngineCore("warm-up", config, Scheduler(config), runner, MemoryLink(), clock, check)
     prompt_tokens = min(64, config.max_model_tokens - 1)
     max_tokens = min(3, config.max_model_tokens - prompt_tokens)
     core.scheduler.submit(Submit("warm-up", [0] * prompt_tokens, SamplingParams(max_tokens)), clock())

@@ -15,10 +15,10 @@ from engine.config import EngineConfig, ModelSource
 from engine.engine_client import EngineClient
 from engine.link import CurveKeys, Endpoints
 from engine.metrics import Metrics
-from engine.model_config import PACER_26M, read_model_config
 from engine.openai_api import ServedModel
 from engine.server import build_app, http_server
-from engine.tokenizer import load_tokenizer
+from engine.shapes import source_model
+from engine.tokenizer import load_tokenizer, number_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +52,9 @@ def serve(options: ServeOptions) -> int:
     """Serve until SIGINT or SIGTERM; returns the exit status. Raises ValueError if the engine cannot start."""
     if not 0 <= options.port < 2**16:
         raise ValueError(f"port {options.port} does not exist: choose one below 65536")
-    tokenizer = load_tokenizer(options.source.folder)
-    model_config = read_model_config(options.source.folder) if options.source.folder else PACER_26M
+    model_config = source_model(options.source)
+    shape = options.source.shape is not None
+    tokenizer = number_tokenizer(model_config.vocab_size) if shape else load_tokenizer(options.source.folder)
     engine = _start_engine(options)
     try:
         clocks, config = options.clocks, options.config

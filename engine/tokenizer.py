@@ -65,6 +65,17 @@ def _byte_tokenizer() -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
+def number_tokenizer(vocab_size: int) -> "PreTrainedTokenizerFast":
+    """For a model that is only a shape: token 17 reads "t17", words are divided by spaces, unknown ones are token 0."""
+    from transformers import PreTrainedTokenizerFast  # noqa: PLC0415
+
+    backend = Tokenizer(models.WordLevel({f"t{token_id}": token_id for token_id in range(vocab_size)}, unk_token="t0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content + ' ' }}{% endfor %}"
+    return tokenizer
+
+
 class Detokenizer:
     """The text of one request's output, token by token.
 
