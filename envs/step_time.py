@@ -3,9 +3,13 @@
     decode-only   fixed + f(tokens) + g(context of the decodes)
     mixed         fixed + f(tokens) + decodes + g(context of the decodes) + prefill requests + h(W)
 
-W is the sum of c (L + c/2) over the chunks c at context L. f, g and h are piecewise linear and never fall, so the mean
-never falls when a batch grows. Tokens may be padded to CUDA graph sizes and GEMM tiles: then f is a staircase. An
-iteration's time is the mean times a random factor of its regime, of mean 1. `envs.step_time_fit` fits it all.
+W is the sum of c (L + c/2) over the chunks c at context L: attention's work, and no less than `fill_tokens` (L + c).
+For attention shares queries among multiprocessors, not the keys that they see: a chunk too short to fill the device
+takes as long as one that does. Of a batch only sums are known, so its chunks count as alike.
+
+f, g and h are piecewise linear and never fall: nor does the mean when chunks alike get longer, deeper or more. Tokens
+may be padded to CUDA graph sizes and GEMM tiles: then f is a staircase. An iteration's time is the mean times a random
+factor of its regime, of mean 1. `envs.step_time_fit` fits it all.
 """
 
 import re
@@ -29,7 +33,7 @@ DECODE_ONLY_CURVES = ("tokens", "decode_context_tokens")
 N_RESIDUALS = 256
 QUIET = (1.0,) * N_RESIDUALS
 LEAST_S = 1e-6
-_HEAD = 8
+_HEAD = 9
 VERSION = 2
 
 
@@ -59,7 +63,8 @@ class Regime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Decode-only or mixed iterations: their mean step time, the sum of its parts, and the noise around it.
 
     `tokens` are decode and prefill tokens together, padded up to the next of `padded_sizes`, and above the largest of
-    them to a multiple of `tile_tokens`. `measured` is None for a formula, which knows no range.
+    them to a multiple of `tile_tokens`. `fill_tokens` is 0 where attention shares out keys as well, or computes one
+    query after the other. `measured` is None for a formula, which knows no range.
     `residuals` are 256 equally likely factors time / mean: ascending, of mean 1.
     """
 
@@ -71,14 +76,16 @@ class Regime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     prefill_attention_tokens2: Curve = Curve()
     padded_sizes: tuple[float, ...] = ()
     tile_tokens: int = 1
+    fill_tokens: float = 0.0
     measured: Range | None = None
     residuals: tuple[float, ...] = QUIET
 
     def __post_init__(self) -> None:
-        if not (self.fixed_s >= 0 and self.tile_tokens >= 1 and list(self.padded_sizes) == sorted(self.padded_sizes)):
+        ascending = list(self.padded_sizes) == sorted(self.padded_sizes)
+        if not (self.fixed_s >= 0 and self.tile_tokens >= 1 and self.fill_tokens >= 0 and ascending):
             raise ValueError(
-                f"fixed_s {self.fixed_s}, tile_tokens {self.tile_tokens}, padded_sizes {self.padded_sizes}: give a "
-                "time of at least 0, a tile of at least 1 and ascending sizes"
+                f"fixed_s {self.fixed_s}, tile_tokens {self.tile_tokens}, fill_tokens {self.fill_tokens}, padded_sizes "
+                f"{self.padded_sizes}: give times and tokens of at least 0, a tile of at least 1 and ascending sizes"
             )
         r = np.array(self.residuals)
         if r.shape != (N_RESIDUALS,) or not (r > 0).all() or (np.diff(r) < 0).any() or abs(r.mean() - 1) > 1e-6:
@@ -155,14 +162,16 @@ def mean_step_s(
         mixed_s = c[5] + _curve(c, at, pieces, tokens) + _curve(c, at + width, pieces, float(decodes))
         mixed_s += _curve(c, at + 2 * width, pieces, context)
         mixed_s += _curve(c, at + 3 * width, pieces, float(prefill_requests))
-        mixed_s += _curve(c, at + 4 * width, pieces, float(prefill_attention_tokens2))
+        # The keys L + c that a chunk sees, exact if the batch's chunks are alike: from W = n c (L + c/2).
+        keys = prefill_attention_tokens2 / prefill_tokens + 0.5 * prefill_tokens / max(float(prefill_requests), 1.0)
+        mixed_s += _curve(c, at + 4 * width, pieces, max(float(prefill_attention_tokens2), c[8] * keys))
         seconds = max(seconds, mixed_s)
     return seconds
 
 
 def _packed(d: Description) -> FloatArray:
-    """Flat: whether mixed is at least decode-only, pieces of a curve, of each regime (fixed, tile, number of sizes);
-    then the curves, piece by piece (start, width, slope) and all filled up to one length; then the sizes.
+    """Flat: whether mixed is at least decode-only, pieces of a curve, of each regime (fixed, tile, number of sizes),
+    `fill_tokens`; then the curves, piece by piece (start, width, slope), all filled up to one length; then the sizes.
     """
     curves = [getattr(d.decode_only, name) for name in DECODE_ONLY_CURVES] + [getattr(d.mixed, name) for name in CURVES]
     table = np.zeros((len(curves), max(len(curve.starts) for curve in curves), 3))
@@ -173,6 +182,7 @@ def _packed(d: Description) -> FloatArray:
     head = [float(d.mixed_at_least_decode_only), table.shape[1]]
     for regime in (d.decode_only, d.mixed):
         head += [regime.fixed_s, regime.tile_tokens, len(regime.padded_sizes)]
+    head.append(d.mixed.fill_tokens)
     return np.concatenate([head, table.ravel(), d.decode_only.padded_sizes, d.mixed.padded_sizes])
 
 
@@ -207,18 +217,9 @@ class StepTimeModel:
         batch = (decodes, decode_context_tokens, prefill_requests, prefill_tokens, prefill_attention_tokens2)
         return mean_step_s(self.coefficients, *map(float, batch))
 
-    def quantile_s(
-        self,
-        q: float,
-        decodes: float,
-        decode_context_tokens: float,
-        prefill_requests: float,
-        prefill_tokens: float,
-        prefill_attention_tokens2: float,
-    ) -> float:
-        """Seconds that an iteration stays within with probability `q`."""
-        batch = (decodes, decode_context_tokens, prefill_requests, prefill_tokens, prefill_attention_tokens2)
-        return self.factor(q, prefill_tokens > 0) * self.mean_s(*batch)
+    def quantile_s(self, q: float, *batch: float) -> float:
+        """Seconds that an iteration, its batch as of `mean_s`, stays within with probability `q`."""
+        return self.factor(q, batch[3] > 0) * self.mean_s(*batch)
 
     def factor(self, q: float, mixed: bool) -> float:
         """The `q` quantile of a regime's time / mean, linear between residuals. ValueError unless 0 <= q <= 1."""

@@ -2,10 +2,12 @@
 
 Decode-only and mixed iterations are fitted apart, each by non-negative least squares on piecewise-linear features:
 relative errors, Huber's weights, so that a few wild rows do not matter, and a penalty on changes of slope. Rows whose
-time stamps cannot be trusted one by one enter as sums (`envs.iterations.stretches`). How stiff the curves are, and
-whether tokens are padded to CUDA graph sizes or tiles, is what predicts left-out runs best.
+time stamps cannot be trusted one by one enter as sums (`envs.iterations.stretches`). How stiff the curves are,
+whether tokens are padded to CUDA graph sizes or tiles, and how many fill the device, is what predicts left-out runs
+best.
 """
 
+import functools
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,8 +25,9 @@ from envs.step_time_error import predict
 # vLLM's capture sizes (vllm/config, cudagraph_capture_sizes).
 GRAPH_SIZES = (1.0, 2.0, 4.0, *map(float, range(8, 256, 8)), *map(float, range(256, 513, 16)))
 TILES = (16, 64, 128, 256)
+FILLS = tuple(2.0**i for i in range(6, 13))  # and a quarter less or more than the best of them
 STIFFNESS = (0.001, 0.01, 0.1, 1.0)
-STANDARD_ERRORS = 2.0  # by which a staircase must lower the held-out error: it is a discontinuity to every law
+STANDARD_ERRORS = 2.0  # by which a staircase (a discontinuity to every law) or a fill must lower the held-out error
 KNOTS = 2
 FOLDS = 10
 LEAST_STRETCHES = 20
@@ -38,6 +41,7 @@ class Shape(NamedTuple):
     """What is chosen by held-out error."""
 
     stiffness: float
+    fill_tokens: float = 0.0
     padded_sizes: tuple[float, ...] = ()
     tile_tokens: int = 1
 
@@ -56,6 +60,7 @@ class Part:
 
     `quantities` maps a curve's name to float64 [rows], and `knots` to where its slope may change; `first_row` is int64
     [stretches]. `seconds` is what the regime's rows of a stretch take together, `around_s` what its other rows take.
+    `keys` is how many a chunk sees, [rows], None of decode-only rows.
     """
 
     quantities: Mapping[str, FloatArray]
@@ -65,12 +70,15 @@ class Part:
     around_s: FloatArray
     rows: IntArray
     fold: IntArray
+    keys: FloatArray | None = None
 
     def features(self, shape: Shape) -> FloatArray:
         """Sums over each stretch: 1, then what of each quantity lies between two knots; [stretches, coefficients]."""
         columns = [np.ones(len(self.quantities["tokens"]))]
         for name, knots in self.knots.items():
             x = shape.padded(self.quantities[name]) if name == "tokens" else self.quantities[name]
+            if self.keys is not None and name == "prefill_attention_tokens2":
+                x = np.maximum(x, shape.fill_tokens * self.keys)
             edges = (0.0, *knots, np.inf)
             columns += [np.clip(x - low, 0.0, high - low) for low, high in pairwise(edges)]
         return np.add.reduceat(np.stack(columns, axis=1), self.first_row, axis=0)
@@ -92,9 +100,9 @@ def fit(iterations: Iterations, sources: Sequence[str] = ()) -> StepTimeModel:
     """The step-time model of these iterations; `sources` are names kept as its provenance.
 
     Held-out errors leave out whole runs, a tenth of them at a time, or a tenth of the time if there are under ten runs.
-    Of intervals, a sum beyond six robust standard deviations is taken for a stamp gone wrong and left out of the
-    residuals, on either side; device times all count. The residuals are those of single iterations, as far as sums tell
-    (`_with_residuals`). Raises ValueError if a regime has too few iterations.
+    A sum beyond six robust standard deviations, on either side, does not count in the mean. Of intervals it is taken
+    for a stamp gone wrong and left out of the residuals, too; of device times these hold all. The residuals are those
+    of single iterations, as far as sums tell (`_with_residuals`). Raises ValueError if a regime has too few iterations.
     """
     joined = stretches(iterations)
     held_out = {}
@@ -146,9 +154,9 @@ def _fit_regime(
     shape, predicted_s = _choose(part, TILES if mixed else ())
     features = part.features(shape)
     coefficients = _solve(part, features, shape, np.ones(len(part.rows), np.bool_))
-    # Huber's fit is nearer to the median than to the mean: lift it to the mean.
+    # Huber's fit is nearer to the median than to the mean: lift it to the mean, but not by what a stall took.
     ratio = (part.seconds + part.around_s) / (features @ coefficients + part.around_s)
-    kept = _without_artefacts(ratio, np.isfinite(ratio)) if iterations.intervals else np.isfinite(ratio)
+    kept = _without_artefacts(ratio, np.isfinite(ratio))
     coefficients = coefficients * _quantiles(ratio[kept], part.rows[kept]).mean()
     curves: dict[str, Any] = {}
     at = 1
@@ -162,6 +170,7 @@ def _fit_regime(
         **curves,
         padded_sizes=shape.padded_sizes,
         tile_tokens=shape.tile_tokens,
+        fill_tokens=shape.fill_tokens,
         measured=Range(*limits),
     )
     error = np.abs(predicted_s / (part.seconds + part.around_s) - 1)
@@ -185,8 +194,10 @@ def _part(iterations: Iterations, joined: Stretches, around_s: FloatArray, *, mi
         )
     chosen = iterations.rows(row)
     quantities = {"tokens": chosen.decode_tokens + chosen.prefill_tokens}
-    bent = ["tokens"]
+    bent, keys = ["tokens"], None
     if mixed:
+        keys = chosen.prefill_attention_tokens2 / chosen.prefill_tokens
+        keys += chosen.prefill_tokens / np.maximum(chosen.prefill_requests, 1) / 2
         quantities["decodes"] = chosen.decode_tokens
         quantities["prefill_requests"] = chosen.prefill_requests
         quantities["prefill_attention_tokens2"] = chosen.prefill_attention_tokens2
@@ -200,12 +211,15 @@ def _part(iterations: Iterations, joined: Stretches, around_s: FloatArray, *, mi
     numbers = np.unique(run, return_inverse=True)[1]
     fold = numbers % FOLDS if numbers.max() + 1 >= FOLDS else np.arange(len(run)) * FOLDS // len(run)
     seconds = joined.seconds[stretch] - around_s[stretch]
-    return Part(quantities, knots, first_row, seconds, around_s[stretch], joined.rows[stretch], fold)
+    return Part(quantities, knots, first_row, seconds, around_s[stretch], joined.rows[stretch], fold, keys)
 
 
 def _knots(x: FloatArray) -> tuple[float, ...]:
-    """Up to two, evenly apart on a logarithmic scale within the middle 90 % of what is above 0."""
-    low, high = np.quantile(x[x > 0], [0.05, 0.95]) if (x > 0).any() else (1.0, 1.0)
+    """Up to two, evenly apart on a logarithmic scale, from the 5th to the 99th percentile of what is above 0.
+
+    Large batches are few, but most of the time goes to them.
+    """
+    low, high = np.quantile(x[x > 0], [0.05, 0.99]) if (x > 0).any() else (1.0, 1.0)
     knots = np.unique(np.round(np.geomspace(max(low, 1.0), max(high, 1.0), KNOTS + 2)[1:-1]))
     return tuple(knots.tolist()) if high > 2 * low else ()
 
@@ -214,22 +228,29 @@ def _choose(part: Part, tiles: Iterable[int]) -> tuple[Shape, FloatArray]:
     """The shape of least held-out error, and the seconds of each stretch predicted by a fit without its fold."""
     folds = [part.fold == fold for fold in np.unique(part.fold)]
 
+    @functools.cache
     def held_out(shape: Shape) -> tuple[FloatArray, FloatArray]:
         features, predicted_s = part.features(shape), part.around_s.copy()
         for fold in folds:
             predicted_s[fold] += features[fold] @ _solve(part, features, shape, ~fold)
         error = np.abs(predicted_s / (part.seconds + part.around_s) - 1)
-        return np.array([np.median(error[fold]) for fold in folds]), predicted_s
+        return np.array([np.minimum(error[fold], 1.0).mean() for fold in folds]), predicted_s
 
-    smooth = min((Shape(stiffness) for stiffness in STIFFNESS), key=lambda shape: float(held_out(shape)[0].mean()))
-    smooth_errors, smooth_s = held_out(smooth)
-    best, least, best_s = smooth, 0.0, smooth_s
-    for shape in (smooth._replace(padded_sizes=GRAPH_SIZES), *(smooth._replace(tile_tokens=tile) for tile in tiles)):
-        errors, predicted_s = held_out(shape)
-        change = errors - smooth_errors
-        if change.mean() < min(least, -STANDARD_ERRORS * change.std(ddof=1) / np.sqrt(len(folds))):
-            best, least, best_s = shape, float(change.mean()), predicted_s
-    return best, best_s
+    def better(plain: Shape, **choices: Iterable[Any]) -> Shape:
+        best, least = plain, 0.0
+        for shape in (plain._replace(**{name: choice}) for name, several in choices.items() for choice in several):
+            change = held_out(shape)[0] - held_out(plain)[0]
+            if change.mean() < min(least, -STANDARD_ERRORS * change.std(ddof=1) / np.sqrt(len(folds))):
+                best, least = shape, float(change.mean())
+        return best
+
+    shape = Shape(STIFFNESS[1])
+    if part.keys is not None:
+        shape = better(shape, fill_tokens=FILLS)
+        shape = better(shape, fill_tokens=(0.75 * shape.fill_tokens, 1.25 * shape.fill_tokens))
+    shape = min((shape._replace(stiffness=s) for s in STIFFNESS), key=lambda shape: float(held_out(shape)[0].mean()))
+    shape = better(shape, padded_sizes=(GRAPH_SIZES,), tile_tokens=tiles)
+    return shape, held_out(shape)[1]
 
 
 def _solve(part: Part, features: FloatArray, shape: Shape, chosen: BoolArray) -> FloatArray:

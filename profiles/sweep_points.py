@@ -61,18 +61,24 @@ class Point(NamedTuple):
         return longest < config.max_model_tokens and int(self.blocks(config.block_tokens).sum()) <= config.kv_blocks
 
 
-def candidates(config: EngineConfig) -> list[Point]:
-    """A grid over what the engine can form, evenly spaced on logarithmic scales."""
+def candidates(config: EngineConfig, rng: Generator) -> list[Point]:
+    """What the engine can form: a grid, evenly spaced on logarithmic scales, but for the tokens of a mixed batch.
+
+    These fill a budget (the largest, or a half of it, a quarter..) or, as often, lie anywhere between two: matrix
+    products take their time in steps, which a few fixed numbers of tokens would hide or take for all there is.
+    """
     decodes = _levels(1, config.max_requests, 14)
     alone = [Point(n, context) for n in decodes for context in _levels(SHORTEST, _longest(config, n), 8)]
     beside = [(0, 1), *((n, context) for n in decodes[::3] for context in _levels(SHORTEST, _longest(config, n), 6))]
-    prompts = _levels(SHORTEST, config.max_budget_tokens, 12)
+    budgets = [config.max_budget_tokens]
+    while budgets[-1] >= 2 * SHORTEST:
+        budgets.append(budgets[-1] // 2)
     prefixes = (0, *_levels(8 * SHORTEST, round(0.8 * config.max_model_tokens), 6))
-    mixed = (
-        Point(n, context, prefills, tokens // prefills, prefix)
-        for (n, context), prefills, tokens, prefix in product(beside, PREFILLS, prompts, prefixes)
-        if tokens >= prefills * SHORTEST
-    )
+    mixed = []
+    for (n, context), prefills, budget, prefix in product(beside, PREFILLS, budgets, prefixes):
+        tokens = budget if rng.random() < 1 / 2 else int(budget * rng.uniform(0.5, 1))
+        if tokens - n >= prefills * SHORTEST:
+            mixed.append(Point(n, context, prefills, (tokens - n) // prefills, prefix))
     return [point for point in (*alone, *mixed) if point.fits(config)]
 
 

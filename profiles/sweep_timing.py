@@ -74,9 +74,17 @@ class Samples:
 
 
 def own_times(table: pa.Table, seconds: str) -> Iterations:
-    """The iterations of a sweep's table: all were preceded by their like, so every interval is an iteration's own."""
-    chosen = table.drop_columns(["device_s"]).rename_columns({"interval_s": "device_s"})
-    return Iterations.from_table(chosen if seconds == "interval_s" else table, "device_s")
+    """Of each batch in a sweep's table `LEAST` rows with equally likely times, quantiles of those it took.
+
+    All were preceded by their like, so every interval is an iteration's own. A batch is repeated for longer if its
+    times vary: that is no reason for it to weigh more.
+    """
+    batches = np.unique(table["engine_id"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)[1]
+    times, levels = table[seconds].to_numpy(), (np.arange(LEAST) + 0.5) / LEAST
+    rows = [np.flatnonzero(batches == batch) for batch in range(batches.max() + 1)]
+    own = np.concatenate([np.quantile(times[of_batch], levels, method="hazen") for of_batch in rows])
+    alike = table.select(["engine_id", *COMPOSITION]).take(np.repeat([of_batch[0] for of_batch in rows], LEAST))
+    return Iterations.from_table(alike.append_column("device_s", pa.array(own)), "device_s")
 
 
 class Sweep:
@@ -93,9 +101,10 @@ class Sweep:
         self.samples = Samples()
         self._runner, self._config, self._clock, self._stop = runner, config, clock, stop
         self._maker = BatchMaker(config)
-        self._choice = Choice(candidates(config))
+        rng = np.random.default_rng(seed)
+        self._choice = Choice(candidates(config, rng))
         self._share_s = 0.0
-        self._drawn = drawn(config, np.random.default_rng(seed))
+        self._drawn = drawn(config, rng)
 
     def run(self, seconds: float, show: Show = lambda passed_s, text: None) -> Samples:
         """Measure for so long, or until all there is is measured; what went wrong ends it and is told in `ended`."""
@@ -136,21 +145,24 @@ class Sweep:
         return typical_s
 
     def _repeat(self, batch: Batch) -> list[Timing]:
-        """Launch it back to back, `config.depth` in flight, and leave out the first."""
+        """Launch it back to back, `config.depth` in flight, and leave out the first.
+
+        The last in flight are left out too: no launch delays their stamps, so where the host is what takes long their
+        intervals are far too short.
+        """
         flight: deque[Pending] = deque()
         timings: list[Timing] = []
         before_ns = self._clock()
-        while True:
-            wanted = not self._enough(timings)
-            if wanted:
-                flight.append(self._runner.launch(batch))
-            elif not flight:
-                return timings[WARM_UP:]
-            if len(flight) == self._config.depth or not wanted:
+        while not self._enough(timings):
+            flight.append(self._runner.launch(batch))
+            if len(flight) == self._config.depth:
                 result, now_ns = flight.popleft().result(), self._clock()
                 device_s = max((stage.busy_s for stage in result.stages), default=result.device_s)
                 timings.append(Timing(device_s, (now_ns - before_ns) * 1e-9))
                 before_ns = now_ns
+        for pending in flight:
+            pending.result()
+        return timings[WARM_UP:]
 
     def _enough(self, timings: list[Timing]) -> bool:
         if self._stop():

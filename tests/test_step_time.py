@@ -95,6 +95,30 @@ def test_a_mixed_iteration_takes_no_less_than_its_decodes_alone() -> None:
     assert described(decode_only, mixed, floor=True).mean_s(10, 0, 1, 990, 0) == pytest.approx(0.021)
 
 
+def test_a_short_chunk_takes_as_long_as_the_tokens_that_would_fill_the_device() -> None:
+    regime = Regime(0.001, prefill_attention_tokens2=Curve(slopes_s=(1e-9,)), fill_tokens=400.0)
+    model = described(Regime(0.0), regime)
+
+    def chunks_s(requests: int, chunk: int, context: int) -> float:
+        return model.mean_s(0, 0, requests, requests * chunk, requests * chunk * (context + chunk / 2))
+
+    assert chunks_s(1, 16, 30_000) == pytest.approx(0.001 + 1e-9 * 400 * 30_016)
+    assert chunks_s(4, 16, 30_000) == pytest.approx(chunks_s(1, 16, 30_000)), "side by side"
+    assert chunks_s(1, 1000, 30_000) == pytest.approx(0.001 + 1e-9 * 1000 * 30_500)
+
+
+@settings(deadline=None)
+@given(*[st.integers(1, 8), st.integers(1, 8192), st.integers(0, 10**5), st.floats(0, 4096)], st.integers(0, 2))
+def test_the_mean_never_falls_when_chunks_their_prefixes_or_their_number_grow(
+    requests: int, chunk: int, context: int, fill: float, grown: int
+) -> None:
+    regime = Regime(0.001, prefill_attention_tokens2=Curve((0.0, 1e6), (1e-9, 1e-10)), fill_tokens=fill)
+    model = described(Regime(0.0), regime)
+    larger = (requests + (grown == 0), chunk + (grown == 1), context + (grown == 2))
+    seconds = [model.mean_s(0, 0, n, n * c, n * c * (L + c / 2)) for n, c, L in ((requests, chunk, context), larger)]
+    assert seconds[1] >= seconds[0] * (1 - 1e-12)
+
+
 slopes = st.floats(0, 1e-3)
 curves = st.lists(st.tuples(st.floats(1, 1e6), slopes), max_size=4, unique_by=lambda pair: pair[0]).flatmap(
     lambda pairs: slopes.map(
@@ -288,6 +312,17 @@ def test_a_staircase_is_found_where_there_is_one_and_only_there() -> None:
     for regime in (smooth.decode_only, smooth.mixed):
         assert regime.padded_sizes == ()
         assert regime.tile_tokens == 1
+
+
+def test_the_tokens_that_fill_the_device_are_found_where_there_are_any() -> None:
+    mixed = msgspec.structs.replace(TRUTH.description.mixed, fill_tokens=384.0)
+    truth = described(TRUTH.description.decode_only, mixed)
+    seen, fresh = (recording(truth, np.random.default_rng(seed), 3000, noise=0.02) for seed in (1, 2))
+    model = fit(replace(seen, intervals=False))
+    assert 250 <= model.description.mixed.fill_tokens <= 520
+    ratio = predict(model, fresh) / predict(truth, fresh)
+    assert np.quantile(np.abs(ratio[fresh.mixed] - 1), 0.95) < 0.03
+    assert fit(recording(TRUTH, np.random.default_rng(1), noise=0.02)).description.mixed.fill_tokens == 0
 
 
 def test_a_fit_knows_its_range() -> None:

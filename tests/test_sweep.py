@@ -22,7 +22,7 @@ from envs.step_time_error import errors
 from profiles.sweep_choice import Choice
 from profiles.sweep_fit import fit_samples, run_profile
 from profiles.sweep_points import BatchMaker, Point, candidates, drawn
-from profiles.sweep_timing import FEW, LEAST, MOST, WARM_UP, Samples, Sweep
+from profiles.sweep_timing import FEW, LEAST, MOST, WARM_UP, Samples, Sweep, Timing
 
 H200 = EngineConfig(
     budget_tokens=8192,
@@ -47,6 +47,7 @@ class Modelled:
     launches: int = 0
     fails_after: int = 10**9
     most_in_flight: int = 0
+    padding_tokens: int = 0
     flight: deque[float] = field(default_factory=deque)
 
     def clock(self) -> int:
@@ -99,7 +100,7 @@ def test_a_made_batch_is_what_its_point_says_with_kv_blocks_of_its_own() -> None
 
 @pytest.mark.parametrize("config", [SMALL, H200])
 def test_candidates_reach_the_bounds_and_stay_within(config: EngineConfig) -> None:
-    points = candidates(config)
+    points = candidates(config, np.random.default_rng(0))
     assert all(point.fits(config) for point in points)
     assert max(point.decodes for point in points) == config.max_requests
     assert max(point.decodes + point.prefills * point.chunk for point in points) == config.max_budget_tokens
@@ -118,7 +119,7 @@ def test_drawn_points_fit_and_are_those_of_the_seed() -> None:
 
 
 def test_the_choice_begins_at_the_extremes_and_never_asks_twice() -> None:
-    points = candidates(SMALL)[::5]
+    points = candidates(SMALL, np.random.default_rng(0))[::5]
     choice = Choice(points)
     asked = []
     while (point := choice.next()) is not None:
@@ -127,11 +128,11 @@ def test_the_choice_begins_at_the_extremes_and_never_asks_twice() -> None:
         choice.learn(point, TRUTH.mean_s(decodes, context, prefills, point.prefills * point.chunk, attention))
     assert sorted(asked) == sorted(points)
     tokens = [point.features[0] for point in asked]
-    assert tokens[0] <= max(tokens) / 4, "what may take long comes when there is an idea how long"
+    assert tokens[0] <= max(tokens) / 2, "what may take long comes when there is an idea how long"
     early = asked[:48]
     for feature in range(5):
         most = max(point.features[feature] for point in points)
-        assert max(point.features[feature] for point in early) >= 0.9 * most
+        assert max(point.features[feature] for point in early) >= 0.8 * most
 
 
 def test_an_engine_without_room_for_a_batch_is_refused() -> None:
@@ -169,6 +170,38 @@ def test_of_a_pipeline_the_model_is_of_the_slowest_stages_time() -> None:
     assert model.mean_s(16, 16_000, 0, 0, 0) == pytest.approx(0.9 * TRUTH.mean_s(16, 16_000, 0, 0, 0), rel=0.03)
 
 
+class Jittery(Modelled):
+    """Its launches take the host longer than the device takes; at times it is three times as slow for a while."""
+
+    def launch(self, batch: Batch) -> "Modelled":
+        super().launch(batch)
+        self.now_ns += 30_000_000 * (3 if self.launches % 40 < 4 else 1)
+        return self
+
+    def result(self) -> StepResult:
+        self.flight.popleft()
+        return StepResult([0], 0.03, (StageTimes(0.03, 0.0, 1),))
+
+
+def test_where_the_host_is_what_takes_long_no_interval_is_without_a_launch() -> None:
+    runner = Jittery(H200.depth)
+    samples = Sweep(runner, H200, runner.clock, seed=0).run(60.0)
+    intervals_s = [row["interval_s"] for row in samples.rows]
+    assert runner.launches > len(intervals_s)
+    assert set(np.round(intervals_s, 3)) == {0.03, 0.09}
+
+
+def test_every_batch_weighs_the_same_however_often_it_was_repeated() -> None:
+    often = [Timing(1.0, 1.0)] * 19 + [Timing(3.0, 3.0)]
+    samples, maker = Samples(), BatchMaker(SMALL)
+    samples.add(maker.make(Point(2, 30)), often, judged=False)
+    samples.add(maker.make(Point(0, 1, 1, 20, 0)), [Timing(1.0, 2.0), Timing(2.0, 4.0), Timing(3.0, 6.0)], judged=False)
+    iterations = samples.iterations("interval_s", judged=False)
+    assert iterations.seconds.tolist() == pytest.approx([1.0] * LEAST + [2.0, 2.8, 4.0, 5.2, 6.0])
+    assert iterations.mixed.tolist() == [False] * LEAST + [True] * LEAST
+    assert samples.iterations("device_s", judged=False).seconds[LEAST:].tolist() == pytest.approx([1, 1.4, 2, 2.6, 3])
+
+
 def test_an_interrupted_sweep_keeps_what_it_has() -> None:
     asked = iter(range(10**6))
     samples = swept(H200, 1e9, stop=lambda: next(asked) > 600)
@@ -204,14 +237,11 @@ def test_the_verb_measures_the_engine_here_and_its_model_predicts_other_batches(
     assert provenance["samples_sha256"] == hashlib.sha256(samples.read_bytes()).hexdigest()
     assert provenance["versions"]["torch"]
     assert provenance["capacities"]["kv_blocks"] == 512
-    assert len(load_iterations(samples, "device_s")) == sum(provenance["iterations"].values()) + _judged(samples)
+    assert len(load_iterations(samples, "device_s")) >= FEW * sum(provenance["batches"].values())
+    assert sum(provenance["iterations"].values()) == LEAST * provenance["batches"]["fitted"]
     model = StepTimeModel.load(out)
     assert model.mean_s(1, 64, 0, 0, 0) < model.mean_s(4, 256, 1, 92, 92 * 60)
     random = {name: figures for name, figures in model.description.held_out.items() if name.startswith("random_")}
     medians = [figures["median_error"] for figures in random.values() if "median_error" in figures]
     assert medians
     assert float(np.mean(medians)) < 0.5  # others may take half of a core away at any moment
-
-
-def _judged(samples: Path) -> int:
-    return samples.read_text().count(",true,")
