@@ -95,9 +95,12 @@ def _ready(running: IntArray, requests: RequestArrays, stages: int, plan: Plan) 
 
 @compiled
 def _place_decodes(
-    running: IntArray, most: int, requests: RequestArrays, limits: Limits, free: int, plan: Plan
+    running: IntArray, in_flight: int, most: int, requests: RequestArrays, limits: Limits, free: int, plan: Plan
 ) -> tuple[int, int, int, int]:
     """Serve the decodes, oldest first, `most` of them; where blocks run out the youngest is preempted (recompute).
+
+    Of `running` all can be scheduled; `in_flight` others cannot, nor can they be preempted. While there are any, one
+    that has none younger to preempt is left out instead: it may be older than they are, and they free blocks soon.
 
     Returns (rows placed, requests still running, blocks still free, requests preempted).
     """
@@ -110,13 +113,14 @@ def _place_decodes(
         if context[slot] < prefill_end[slot]:
             continue
         if context[slot] >= held_blocks[slot] * limits.block_tokens:
-            while free < 1 and end >= i:
+            keeps = i if in_flight > 0 else i - 1
+            while free < 1 and end > keeps:
                 end -= 1
                 victim = running[end]
                 free += requests.freeable_blocks[victim]
                 plan.preempted[n_preempted] = victim
                 n_preempted += 1
-            if end < i:  # it was itself the youngest
+            if free < 1 or end < i:  # it was itself the youngest
                 break
             free -= 1
         plan.slots[rows] = slot
@@ -212,7 +216,7 @@ def form_batch(
     Whatever the knobs: every decode that is ready is served, in a pipeline its share of them (a budget below their
     number counts as their number), the total stays within the budget, a chunk within the cap; knobs above one tile are
     cut down to whole tiles; requests over a lowered limit drain. A request is preempted only when KV blocks run out,
-    and then nothing is admitted.
+    and then nothing is admitted; the last decode is left out instead while others are in flight, which may be younger.
 
     Returns (decodes, running prefills, admitted, preempted).
     """
@@ -229,7 +233,9 @@ def form_batch(
         n_admitted = _admit(waiting, n_running, requests, limits, free_blocks, first_chunk, left, room, plan, rows)
         if rows + n_admitted > 0:
             return 0, rows, n_admitted, 0
-    n_decodes, end, free, n_preempted = _place_decodes(running, most_decodes, requests, limits, free_blocks, plan)
+    n_decodes, end, free, n_preempted = _place_decodes(
+        running, n_running - len(running), most_decodes, requests, limits, free_blocks, plan
+    )
     if n_decodes > 0 and schedule not in (STALL_FREE, ORCA):
         return n_decodes, 0, 0, n_preempted
     rows, left = n_decodes, budget - n_decodes

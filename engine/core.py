@@ -20,7 +20,9 @@ NO_MEMORY = "the device ran out of memory for this request: try again later, or 
 
 
 class Pending(Protocol):
-    """A batch on the device."""
+    """A batch on the device, which computes `padding_tokens` in vain beside it (CUDA graph sizes)."""
+
+    padding_tokens: int
 
     def result(self) -> StepResult:
         """Wait for the batch."""
@@ -60,6 +62,7 @@ class EngineCore:
         self._tokens: list[TokenOutput] = []
         self._depth = config.depth
         self._in_flight: deque[tuple[Batch, Pending]] = deque()  # oldest first
+        self._work_since_ns: int | None = None  # None: there was none
         self._runner = runner
         self._clock = clock
         self._actuator = Actuator(config, link)
@@ -71,8 +74,11 @@ class EngineCore:
         A decision costs the engine no time: it is read, never awaited.
         """
         now_ns = self._clock()
+        if self._work_since_ns is None:
+            self._work_since_ns = now_ns
         knobs = self._actuator.read(now_ns)
         batch = self.scheduler.schedule(knobs.budget_tokens, knobs.chunk_tokens, now_ns)
+        batch.work_since_ns = self._work_since_ns
         launches = bool(batch.requests)
         if launches:
             try:
@@ -82,13 +88,14 @@ class EngineCore:
                 return
         self._hand_over()  # all that is sent is sent while the device works
         if launches:
-            self._reporter.launched(batch, knobs)
+            self._reporter.launched(batch, knobs, self._in_flight[-1][1].padding_tokens)
         if not launches or len(self._in_flight) == self._depth:
             self._complete()
 
     def idle(self) -> None:
         """Hand over the last tokens, and keep in touch with the controller while there is nothing to run."""
         assert not self._in_flight, "idle, but a batch is in flight"
+        self._work_since_ns = None
         self._hand_over()
         self._reporter.idle(self._actuator.read(self._clock()))
 

@@ -30,6 +30,7 @@ def diagnose() -> list[str]:
     lines.append("attention backends, best first:")
     for name, usable, detail in attention_report(devices[0] if devices else torch.device("cpu")):
         lines.append(f"  {'yes' if usable else 'no ':<3} {name}: {detail}")
+    lines.append("on CUDA, sdpa waits for the host in every step: it is slower, and look-ahead gains nothing with it")
     return lines
 
 

@@ -25,16 +25,20 @@ class Execution(Protocol):
     def busy_s(self) -> float:
         """The device's own time for the step, once `tokens` has returned."""
 
-    def idle_s(self, before: "Execution") -> float:
-        """From the end of the step before to the begin of this one, both of them done."""
+    def bubble_s(self, before: "Execution | None") -> float:
+        """How long the device idled before this step while there was work; both steps are done.
+
+        From the end of the step before, or since there has been work if that is later.
+        """
 
 
 @dataclass(slots=True)
 class CpuExecution:
-    """Computed; times are those of the runner's clock."""
+    """Computed; times are those of the runner's clock, which is the engine's."""
 
     hidden: torch.Tensor | None
     sampled: list[int]
+    work_since_s: float
     begin_s: float
     end_s: float
 
@@ -45,17 +49,34 @@ class CpuExecution:
     def busy_s(self) -> float:
         return self.end_s - self.begin_s
 
-    def idle_s(self, before: Execution) -> float:
-        assert isinstance(before, CpuExecution)
-        return max(0.0, self.begin_s - before.end_s)
+    def bubble_s(self, before: Execution | None) -> float:
+        assert before is None or isinstance(before, CpuExecution)
+        free_s = self.work_since_s if before is None else max(before.end_s, self.work_since_s)
+        return max(0.0, self.begin_s - free_s)
+
+
+@dataclass(slots=True)
+class Resumed:
+    """Ties the device's time to the host's when work has come to an idle device.
+
+    `event` happened on the device `waited_s` after that, by the host's clock.
+    """
+
+    event: torch.cuda.Event
+    waited_s: float
 
 
 @dataclass(slots=True)
 class CudaExecution:
-    """Enqueued; `sampled` is pinned host memory that has the tokens after the event `end`."""
+    """Enqueued; `sampled` is pinned host memory that has the tokens after the event `end`.
+
+    `resumed` belongs to the first step since there has been work. The device did nothing since then; at all other steps
+    the one before ended later than that.
+    """
 
     hidden: torch.Tensor | None
     sampled: torch.Tensor
+    resumed: Resumed | None
     begin: torch.cuda.Event
     end: torch.cuda.Event
 
@@ -66,11 +87,20 @@ class CudaExecution:
 
     @property
     def busy_s(self) -> float:
-        return float(self.begin.elapsed_time(self.end)) * _S_PER_MS
+        return _seconds(self.begin, self.end)
 
-    def idle_s(self, before: Execution) -> float:
+    def bubble_s(self, before: Execution | None) -> float:
+        if self.resumed is not None:
+            self.resumed.event.synchronize()
+            return max(0.0, self.resumed.waited_s + _seconds(self.resumed.event, self.begin))
+        if before is None:  # of a step after rehearsals, and nobody has told since when there is work
+            return 0.0
         assert isinstance(before, CudaExecution)
-        return max(0.0, float(before.end.elapsed_time(self.begin)) * _S_PER_MS)
+        return max(0.0, _seconds(before.end, self.begin))
+
+
+def _seconds(begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    return float(begin.elapsed_time(end)) * _S_PER_MS
 
 
 def timing_event() -> torch.cuda.Event:

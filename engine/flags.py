@@ -5,15 +5,23 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from engine.config import EngineConfig, ModelSource
+from engine.shapes import source_model
+from engine.tuned import Tuned, facts_of, model_of
 
 CUDA_BUDGET_TOKENS = 2048
 """Fallback token budget on a GPU, where nothing has been tuned: the larger of the two that Sarathi-Serve uses."""
+
+CUDA_MAX_BUDGET_TOKENS, CUDA_MAX_REQUESTS = 8192, 256
+LONGEST_BY_DEFAULT = 32_768  # a request of every position that a model knows may need more KV cache than there is
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """What `serve` and `launch` take; `engine_config` and `model_source` read it."""
     add_model_flags(parser)
+    add_tuned_flag(parser)
     config = EngineConfig()
     add = parser.add_argument_group("engine").add_argument
     add("--served-model-name", help="the model's name in the API; default: the folder's or the shape's")
@@ -48,35 +56,80 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-num-batched-tokens", type=int, help="largest budget ever allowed; default: 2048, on a GPU 8192")
     add("--max-num-seqs", type=int, help="most requests running at once; default: 64, on a GPU 256")
-    add("--max-model-len", type=int, default=config.max_model_tokens, help="most tokens of a prompt and its output")
+    add("--max-model-len", type=int, help="most tokens of a prompt and its output; default: the model's, at most 32768")
     add("--block-size", type=int, default=0, help="tokens in a KV block; 0: what the attention backend prefers")
     add("--kv-blocks", type=int, default=0, help="0: as many as the memory holds; on a CPU 4096")
     add("--seed", type=int, default=config.seed)
 
 
+def add_tuned_flag(parser: argparse.ArgumentParser) -> None:
+    """For verbs of the engine and of the controller, once each."""
+    if "--tuned" not in parser._option_string_actions:
+        text = "what `pacer tune` wrote: budget, chunk, max seqs, policy and promise where no other flag says otherwise"
+        parser.add_argument("--tuned", type=Path, metavar="FILE", help=text)
+
+
+def tuned(args: argparse.Namespace) -> Tuned | None:
+    """What --tuned names, with what other flags of the command say in its place; None without that flag.
+
+    A budget that is given takes its chunk with it, as it does without a file. Raises ValueError naming the file.
+    """
+    if args.tuned is None:
+        return None
+    found, said = Tuned.load(args.tuned), vars(args)
+    budget = said.get("budget") or found.budget_tokens
+    chunk = said.get("chunk") or (budget if said.get("budget") else found.chunk_tokens)
+    return msgspec.structs.replace(
+        found,
+        budget_tokens=budget,
+        chunk_tokens=min(chunk, budget),
+        max_requests=said.get("max_num_seqs") or found.max_requests,
+        policy=said.get("policy") or found.policy,
+        slo=said.get("slo") or found.slo,
+    )
+
+
 def engine_config(args: argparse.Namespace) -> EngineConfig:
-    """Raises ValueError naming the value and the remedy."""
-    budget = args.budget or (CUDA_BUDGET_TOKENS if args.device == "cuda" else EngineConfig().budget_tokens)
-    return EngineConfig(
+    """Raises ValueError naming the value and the remedy, also when --tuned is for another engine than these flags."""
+    sizes = capacities(args)
+    budget = args.budget
+    if budget is None:
+        usual = CUDA_BUDGET_TOKENS if args.device == "cuda" else EngineConfig().budget_tokens
+        budget = max(args.min_budget, min(usual, sizes["max_budget_tokens"]))
+    knobs = {"budget_tokens": budget, "chunk_tokens": budget if args.chunk is None else args.chunk}
+    found = tuned(args)
+    if found is not None:
+        knobs = {name: getattr(found, name) for name in ("budget_tokens", "chunk_tokens", "max_requests")}
+    config = EngineConfig(
         name=args.name,
         schedule=args.schedule,
-        budget_tokens=budget,
-        chunk_tokens=args.chunk or budget,
         min_budget_tokens=args.min_budget,
         tile_tokens=args.tile,
         prefix_caching=args.enable_prefix_caching,
         knobs_ttl_s=args.knobs_ttl,
-        **capacities(args),
+        **(sizes | knobs),
     )
+    if found is not None:
+        found.check(facts_of(model_source(args), config))
+    return config
 
 
 def capacities(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of EngineConfig that `add_model_flags` fills."""
     default, cuda = EngineConfig(), args.device == "cuda"
+    budget, requests, length = args.max_num_batched_tokens, args.max_num_seqs, args.max_model_len
+    if budget is None:
+        budget = CUDA_MAX_BUDGET_TOKENS if cuda else default.max_budget_tokens
+    if requests is None:
+        requests = min(CUDA_MAX_REQUESTS if cuda else default.max_requests, max(1, budget))
+    if length is None:
+        builtin = args.model is None and args.shape is None
+        model = source_model(model_source(args))
+        length = default.max_model_tokens if builtin else min(model.max_position_embeddings, LONGEST_BY_DEFAULT)
     return {
-        "max_budget_tokens": args.max_num_batched_tokens or (8192 if cuda else default.max_budget_tokens),
-        "max_requests": args.max_num_seqs or (256 if cuda else default.max_requests),
-        "max_model_tokens": args.max_model_len,
+        "max_budget_tokens": budget,
+        "max_requests": requests,
+        "max_model_tokens": length,
         "block_tokens": args.block_size,
         "kv_blocks": args.kv_blocks,
         "tensor_parallel": args.tensor_parallel_size,
@@ -105,4 +158,4 @@ def model_name(args: argparse.Namespace) -> str:
     """What the API calls the model."""
     if args.served_model_name:
         return str(args.served_model_name)
-    return str(args.shape or (args.model.name if args.model else "pacer-26m"))
+    return model_of(model_source(args))

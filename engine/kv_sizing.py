@@ -1,38 +1,56 @@
 """How many KV blocks a GPU has room for, beside the weights and all that a step needs."""
 
 import logging
+from collections import deque
+from collections.abc import Callable
 
 import torch
 
+from engine.execution import Execution
 from engine.model_runner import ModelRunner
-from engine.packed_inputs import StepShape
-from engine.step_input import even_step
+from engine.step_input import StepInput, even_step
+from engine.step_shapes import StepShape
 
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
 
+Compute = Callable[[ModelRunner, StepInput], Execution]
+"""How a runner is given a step: `ModelRunner.execute`, or together with the stages before and after it."""
 
-def rehearse(runner: ModelRunner) -> None:
-    """Compute the largest step: its kernels are compiled then, and the allocator has its memory."""
+
+def rehearse(runner: ModelRunner, compute: Compute) -> None:
+    """Compute the largest step, with as many in flight as there ever are.
+
+    Kernels are compiled then, the ranks connected, and the allocator has the memory: that of the step itself and that
+    of hidden states on their way, of which a stage keeps those of `depth` steps while it sends another. Every rank must
+    take part. Raises OutOfDeviceMemory or torch.OutOfMemoryError.
+    """
     config = runner.config
     n_tokens = min(config.max_budget_tokens, config.max_requests * config.max_model_tokens)
-    hidden = None
-    if not runner.shard.is_first:
-        size = n_tokens, runner.model.hidden_size
-        hidden = torch.zeros(size, dtype=runner.transformer.dtype, device=runner.device)
     step = even_step(n_tokens, min(config.max_requests, n_tokens), config.block_tokens)
-    runner.execute(step, hidden).tokens()
+    in_flight: deque[Execution] = deque()
+    for _ in range(config.depth + 1):
+        if len(in_flight) == config.depth:
+            in_flight.popleft().tokens()
+        in_flight.append(compute(runner, step))
+    for execution in in_flight:
+        execution.tokens()
 
 
-def blocks_that_fit(runner: ModelRunner, memory_utilization: float, graphs: list[StepShape]) -> int:
+def blocks_that_fit(
+    runner: ModelRunner,
+    memory_utilization: float,
+    graphs: list[StepShape],
+    compute: Compute = ModelRunner.execute,
+) -> int:
     """KV blocks for a runner on CUDA that has its weights and a cache of one block, used by none but this.
 
     `memory_utilization` is the share of the device's memory that everything on it may take. Raises ValueError, naming
-    the sizes and the remedies, when a request of max_model_tokens does not fit.
+    the sizes and the remedies, when a request of max_model_tokens does not fit; and like `rehearse`.
     """
     config = runner.config
-    step_bytes = _step_bytes(runner)
+    step_bytes = _step_bytes(runner, compute)
     graph_bytes = _graph_bytes(runner, graphs)
     free_bytes, total_bytes = _memory(runner)
     used_bytes = total_bytes - free_bytes
@@ -54,13 +72,13 @@ def blocks_that_fit(runner: ModelRunner, memory_utilization: float, graphs: list
     return blocks
 
 
-def _step_bytes(runner: ModelRunner) -> int:
+def _step_bytes(runner: ModelRunner, compute: Compute) -> int:
     """What the largest step takes beside weights and cache."""
-    rehearse(runner)  # the first time allocates what stays: workspaces of libraries, compiled kernels
+    rehearse(runner, compute)  # the first time takes what stays: workspaces, compiled kernels, NCCL's buffers
     _memory(runner)
     torch.cuda.reset_peak_memory_stats(runner.device)
     before = torch.cuda.memory_reserved(runner.device)
-    rehearse(runner)
+    rehearse(runner, compute)
     return torch.cuda.max_memory_reserved(runner.device) - before
 
 

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from engine.attention.choice import default_block_tokens
+from engine.attention.choice import choose_attention, default_block_tokens
 from engine.config import EngineConfig, ModelSource
-from engine.kv_sizing import blocks_that_fit, rehearse
+from engine.kv_sizing import Compute, blocks_that_fit, rehearse
 from engine.model_config import ModelConfig
-from engine.model_runner import ModelRunner
-from engine.shapes import parameter_count, source_model
+from engine.model_runner import ModelRunner, check_sizes
+from engine.shapes import kv_bytes_per_token, parameter_count, source_model
 from engine.shard import SINGLE, WHOLE, Collectives, Shard
+from engine.step_input import OutOfDeviceMemory
 from engine.weights import Weights, dummy_weights, load_safetensors
 
 if TYPE_CHECKING:
@@ -47,14 +48,18 @@ def load_stage(
     shard: Shard = WHOLE,
     collectives: Collectives = SINGLE,
     smallest: Callable[[int], int] = lambda blocks: blocks,
+    compute: Compute = ModelRunner.execute,
 ) -> ModelRunner:
     """A rank's runner, on the current CUDA device if the source asks for one; its `config` has the KV blocks settled.
 
-    `smallest` gives the least of all ranks' numbers: what fits on every rank. Raises ValueError like `load_runner`.
+    `smallest` gives the least of all ranks' numbers: what fits on every rank; `compute` passes a step through this rank
+    and those beside it. Raises ValueError like `load_runner`, before the weights are loaded where that can be known.
     """
     if source.dtype not in DTYPES:
         raise ValueError(f"dtype {source.dtype!r} is not one of {', '.join(DTYPES)}")
     dtype, device, model = DTYPES[source.dtype], _device(source), source_model(source)
+    check_sizes(model, config, source.threads)
+    choose_attention(source.attention, model, dtype, config.block_tokens, device)
     block_tokens = config.block_tokens or default_block_tokens(source.attention, model, dtype, device)
     config = replace(config, block_tokens=block_tokens)
     runner = ModelRunner(
@@ -69,7 +74,7 @@ def load_stage(
         collectives=collectives,
     )
     if device.type == "cuda":
-        _settle_on_gpu(runner, config, source.memory_utilization, smallest)
+        _settle_on_gpu(runner, config, source.memory_utilization, smallest, compute)
     else:
         blocks = config.kv_blocks or max(_CPU_KV_BLOCKS, config.max_blocks_per_request)
         runner.config = replace(config, kv_blocks=blocks)
@@ -78,21 +83,27 @@ def load_stage(
 
 
 def _settle_on_gpu(
-    runner: ModelRunner, config: EngineConfig, memory_utilization: float, smallest: Callable[[int], int]
+    runner: ModelRunner,
+    config: EngineConfig,
+    memory_utilization: float,
+    smallest: Callable[[int], int],
+    compute: Compute,
 ) -> None:
-    runner.allocate(1)
-    graphs = runner.graph_shapes(mixed=True)
-    blocks = config.kv_blocks or smallest(blocks_that_fit(runner, memory_utilization, graphs))
-    block_bytes = sum(layer.nbytes for layer in runner.kv_cache)
-    runner.config = replace(config, kv_blocks=blocks)
+    blocks = 1
     try:
         runner.allocate(blocks)
+        graphs = runner.graph_shapes(mixed=True)
+        blocks = config.kv_blocks or smallest(blocks_that_fit(runner, memory_utilization, graphs, compute))
+        runner.config = replace(config, kv_blocks=blocks)
+        runner.allocate(blocks)
         runner.capture(graphs)
-        rehearse(runner)
-    except torch.OutOfMemoryError as error:
+        rehearse(runner, compute)
+    except (torch.OutOfMemoryError, OutOfDeviceMemory) as error:
+        token_bytes = kv_bytes_per_token(runner.model, runner.transformer.dtype.itemsize, runner.shard)
         raise ValueError(
-            f"{blocks} KV blocks, {blocks * block_bytes / _GIB:.1f} GiB, leave too little memory beside them "
-            f"({error}): lower kv_blocks or memory_utilization"
+            f"{blocks} KV blocks ({blocks * config.block_tokens * token_bytes / _GIB:.1f} GiB) and a step of "
+            f"{config.max_budget_tokens} tokens do not fit a GPU beside the weights ({error}): lower kv_blocks, "
+            "max_budget_tokens or memory_utilization, or spread the model over more GPUs"
         ) from error
 
 

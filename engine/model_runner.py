@@ -9,22 +9,34 @@ import torch
 from engine.attention.backend import AttentionBackend, BatchAttention, KvCache, allocate_kv_cache
 from engine.attention.choice import make_attention
 from engine.config import EngineConfig
-from engine.cuda_graphs import CudaGraphs, graph_shapes
+from engine.cuda_graphs import CudaGraphs
 from engine.device_inputs import DeviceInputs
-from engine.execution import CpuExecution, CudaExecution, Execution, timing_event, within_memory
+from engine.execution import CpuExecution, CudaExecution, Execution, Resumed, timing_event, within_memory
 from engine.model import Transformer
 from engine.model_config import ModelConfig
 from engine.ops import choose_ops
-from engine.packed_inputs import InputLayout, StepShape
+from engine.packed_inputs import DeviceBuffer, HostBuffer, InputLayout
 from engine.protocol import StageTimes
 from engine.request import Batch, StepResult
 from engine.sampler import Draws, draw, sample
 from engine.shard import SINGLE, WHOLE, Collectives, Shard
 from engine.step_input import StepInput, even_step, step_input
+from engine.step_shapes import StepShape, graph_shapes
 from engine.weights import Weights
 
 _CPU = torch.device("cpu")
 _S_PER_NS = 1e-9
+
+
+def check_sizes(model: ModelConfig, config: EngineConfig, threads: int) -> None:
+    """Raises ValueError for what no runner of `model` can do."""
+    if config.max_model_tokens > model.max_position_embeddings:
+        raise ValueError(
+            f"max_model_tokens {config.max_model_tokens} is beyond the model's max_position_embeddings "
+            f"{model.max_position_embeddings}: lower it"
+        )
+    if threads < 1:
+        raise ValueError(f"threads is {threads}; it must be at least 1")
 
 
 class ModelRunner:
@@ -48,13 +60,7 @@ class ModelRunner:
         shard: Shard = WHOLE,
         collectives: Collectives = SINGLE,
     ) -> None:
-        if config.max_model_tokens > model.max_position_embeddings:
-            raise ValueError(
-                f"max_model_tokens {config.max_model_tokens} is beyond the model's max_position_embeddings "
-                f"{model.max_position_embeddings}: lower it"
-            )
-        if threads < 1:
-            raise ValueError(f"threads is {threads}; it must be at least 1")
+        check_sizes(model, config, threads)
         torch.set_num_threads(threads)
         self.model, self.config, self.device, self.shard = model, config, device, shard
         self.clock = clock
@@ -65,6 +71,8 @@ class ModelRunner:
         self._previous: Batch | None = None
         self._last: Execution | None = None
         self._launched = self._taken = 0
+        self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._work_since_ns: int | None = None  # of the step enqueued last
         if config.kv_blocks > 0:
             self.allocate(config.kv_blocks)
 
@@ -88,8 +96,8 @@ class ModelRunner:
         # The last step's tokens stay here, for a step that is launched before the host has seen them.
         self._sampled = torch.zeros(config.max_requests, dtype=torch.int32, device=device)
         # One more than can be in flight: a buffer is written again when the step that it was for has been taken.
-        self._host = cycle([_HostBuffer(self._layout, config.max_requests, device) for _ in range(config.depth + 1)])
-        self._static = None if device.type == "cpu" else _DeviceBuffer(self._layout, device)
+        self._host = cycle([HostBuffer(self._layout, config.max_requests, device) for _ in range(config.depth + 1)])
+        self._static = None if device.type == "cpu" else DeviceBuffer(self._layout, device)
 
     def graph_shapes(self, mixed: bool) -> list[StepShape]:
         """The steps to capture, largest first: of decodes, and small mixed ones if asked; none where none can be."""
@@ -118,7 +126,8 @@ class ModelRunner:
         execution = within_memory(lambda: self.execute(step), repeatable=False) if self.device.type == "cuda" else None
         self._previous = batch
         self._launched += 1
-        return Pending(self, step, execution, self._launched - self._taken)
+        padding_tokens = self.graphs.padding_tokens(len(step.token_ids), len(step.n_tokens)) if self.graphs else 0
+        return Pending(self, step, execution, self._launched - self._taken, padding_tokens)
 
     @torch.inference_mode()
     def execute(self, step: StepInput, hidden: torch.Tensor | None = None) -> Execution:
@@ -127,37 +136,35 @@ class ModelRunner:
         `hidden` [tokens, hidden_size] comes from the stage before, and is overwritten. At most `config.depth` steps may
         be in flight. Raises OutOfDeviceMemory.
         """
-        work = self._prepare(step, eager=False)
+        packed = self._pack(step, eager=False)
         n_sampled = len(step.sampled_rows) if self.shard.is_last else 0
         if self.device.type == "cpu":
             begin_ns = self.clock()
-            out = self._compute(work, hidden)
+            out = self._compute(packed, hidden)
             tokens: list[int] = self._sampled[:n_sampled].tolist()
-            return CpuExecution(out, tokens, begin_ns * _S_PER_NS, self.clock() * _S_PER_NS)
+            begin_s, end_s = begin_ns * _S_PER_NS, self.clock() * _S_PER_NS
+            return CpuExecution(out, tokens, step.work_since_ns * _S_PER_NS, begin_s, end_s)
+        resumed = self._resume(step.work_since_ns) if step.work_since_ns != self._work_since_ns else None
         begin, end = timing_event(), timing_event()
         begin.record()
-        out = self._compute(work, hidden)
-        on_host = work.host.tokens[:n_sampled]
+        out = self._compute(packed, hidden)
+        on_host = packed.host.tokens[:n_sampled]
         on_host.copy_(self._sampled[:n_sampled], non_blocking=True)
         end.record()
-        return CudaExecution(out, on_host, begin, end)
+        self._work_since_ns = step.work_since_ns
+        return CudaExecution(out, on_host, resumed, begin, end)
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits [rows that sample, vocab], without sampling and without graphs; writes the KV cache like `launch`."""
-        work = self._prepare(step_input(batch, None), eager=True)
+        work = self._load(self._pack(step_input(batch, None), eager=True))
         assert work.attention is not None
         return self.transformer.forward(work.inputs, work.attention)
 
-    def padding_tokens(self, n_tokens: int, n_rows: int) -> int:
-        """How many tokens a step of this size computes in vain."""
-        shape = self.graphs.fit(n_tokens, n_rows) if self.graphs else None
-        return shape.n_tokens - n_tokens if shape else 0
-
     def take(self, execution: Execution, in_flight: int) -> StepResult:
-        """Wait for a step; the gap before it is a bubble if another was in flight when it was launched."""
+        """Wait for a step; `in_flight` were when it was launched, itself included."""
         tokens = execution.tokens()
-        bubble_s = execution.idle_s(self._last) if self._last is not None and in_flight > 1 else 0.0
+        bubble_s = execution.bubble_s(self._last)
         self._last = execution
         self._taken += 1
         busy_s = execution.busy_s
@@ -166,11 +173,22 @@ class ModelRunner:
     def close(self) -> None:
         """Nothing to end: all is in this process."""
 
-    def _prepare(self, step: StepInput, eager: bool) -> "_Work":
+    def _resume(self, work_since_ns: int) -> Resumed:
+        """On a stream of its own: what a stage waits for must not hold the event up."""
+        event, now_ns = timing_event(), self.clock()
+        event.record(self._aside)
+        return Resumed(event, (now_ns - work_since_ns) * _S_PER_NS)
+
+    def _pack(self, step: StepInput, eager: bool) -> "_Packed":
         graph = self.graphs.fit(len(step.token_ids), len(step.n_tokens)) if self.graphs and not eager else None
-        shape = graph or StepShape.of(step)
         host = next(self._host)
-        self._layout.pack(step, shape, host.arrays)
+        self._layout.pack(step, graph or StepShape.of(step), host.arrays)
+        return _Packed(step, host, graph)
+
+    def _load(self, packed: "_Packed") -> "_Work":
+        """Bring a step to the device, and plan its attention where no graph has that."""
+        step, host, graph = packed.step, packed.host, packed.graph
+        shape = graph or StepShape.of(step)
         arrays = host.views
         if self._static is not None:
             used = self._layout.used_words(shape.n_rows)
@@ -178,13 +196,14 @@ class ModelRunner:
             arrays = self._static.views
         inputs = self._layout.inputs(arrays, shape)
         attention = self.backend.prepare(step, inputs) if graph is None else None
-        return _Work(step, host, inputs, self._layout.draws(arrays, step), attention, graph)
+        return _Work(inputs, self._layout.draws(arrays, step), attention)
 
-    def _compute(self, work: "_Work", hidden: torch.Tensor | None) -> torch.Tensor | None:
+    def _compute(self, packed: "_Packed", hidden: torch.Tensor | None) -> torch.Tensor | None:
         """What the next stage needs; from the last one nothing, its tokens are in `_sampled`."""
-        if work.graph is not None:
-            return self._replay(work, work.graph, hidden)
-        step, inputs, attention = work.step, work.inputs, work.attention
+        step, work = packed.step, self._load(packed)
+        if packed.graph is not None:
+            return self._replay(packed.graph, len(step.token_ids), work.draws, hidden)
+        inputs, attention = work.inputs, work.attention
         assert attention is not None
         if (step.token_ids[: step.n_decodes] < 0).any():
             inputs.token_ids = _known(inputs.token_ids, self._sampled)
@@ -200,9 +219,10 @@ class ModelRunner:
         self._sampled[: len(out)].copy_(out)
         return None
 
-    def _replay(self, work: "_Work", graph: StepShape, hidden: torch.Tensor | None) -> torch.Tensor | None:
+    def _replay(
+        self, graph: StepShape, n_tokens: int, draws: Draws | None, hidden: torch.Tensor | None
+    ) -> torch.Tensor | None:
         assert self.graphs is not None
-        n_tokens, draws = len(work.step.token_ids), work.draws
         if hidden is not None:
             self._hidden[:n_tokens].copy_(hidden)
         out = self.graphs.replay(graph)
@@ -240,6 +260,7 @@ class Pending:
     step: StepInput
     execution: Execution | None
     in_flight: int
+    padding_tokens: int
 
     def result(self) -> StepResult:
         """Wait for the batch: the tokens of the rows that sample, and the device's time."""
@@ -247,35 +268,22 @@ class Pending:
         return self.runner.take(execution, self.in_flight)
 
 
-class _DeviceBuffer:
-    """The numbers of the step that the device works on."""
+@dataclass(slots=True)
+class _Packed:
+    """A step in host memory, for one of the graphs or for none."""
 
-    def __init__(self, layout: InputLayout, device: torch.device) -> None:
-        self.words = torch.zeros(layout.words, dtype=torch.int32, device=device)
-        self.views = layout.views(self.words)
-
-
-class _HostBuffer:
-    """A step's numbers on their way to the device, or on a CPU in their place; and its tokens on their way back."""
-
-    def __init__(self, layout: InputLayout, max_rows: int, device: torch.device) -> None:
-        pinned = device.type == "cuda"
-        self.words = torch.zeros(layout.words, dtype=torch.int32, pin_memory=pinned)
-        self.arrays = layout.host_arrays(self.words)
-        self.views = layout.views(self.words)
-        self.tokens = torch.zeros(max_rows, dtype=torch.int32, pin_memory=pinned)
+    step: StepInput
+    host: HostBuffer
+    graph: StepShape | None
 
 
 @dataclass(slots=True)
 class _Work:
-    """A step ready to be computed: by a graph, or kernel by kernel with `attention`."""
+    """A step on the device; one without `attention` is for a graph, which has its own."""
 
-    step: StepInput
-    host: _HostBuffer
     inputs: DeviceInputs
     draws: Draws | None
     attention: BatchAttention | None
-    graph: StepShape | None
 
 
 def _known(token_ids: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:

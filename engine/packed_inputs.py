@@ -3,7 +3,6 @@
 Every array has a fixed place, sized for the largest step, so that CUDA graphs find it there again.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,35 +12,13 @@ from numpy.typing import NDArray
 from engine.device_inputs import DeviceInputs
 from engine.sampler import Draws
 from engine.step_input import Int32, StepInput
+from engine.step_shapes import StepShape
 
 HostArrays = dict[str, NDArray[Any]]
 DeviceArrays = dict[str, torch.Tensor]
 
 _WORD_BYTES = 4
 _ALIGNED_WORDS = 4  # kernels may load 16 bytes at once
-
-
-@dataclass(frozen=True, slots=True)
-class StepShape:
-    """What kernels are launched with: of a step as it is, or upper bounds that it is padded to."""
-
-    n_tokens: int
-    n_rows: int
-    n_sampled: int
-    n_decodes: int
-    max_query_tokens: int
-    max_context_tokens: int
-
-    @staticmethod
-    def of(step: StepInput) -> "StepShape":
-        return StepShape(
-            n_tokens=len(step.token_ids),
-            n_rows=len(step.n_tokens),
-            n_sampled=len(step.sampled_rows),
-            n_decodes=step.n_decodes,
-            max_query_tokens=int(step.n_tokens.max()),
-            max_context_tokens=int((step.context + step.n_tokens).max()),
-        )
 
 
 class InputLayout:
@@ -146,3 +123,22 @@ class InputLayout:
         columns, offsets = np.divmod(positions, np.int32(self.block_tokens))
         slots: Int32 = step.block_tables[rows, columns] * np.int32(self.block_tokens) + offsets
         return slots
+
+
+class DeviceBuffer:
+    """The numbers of the step that the device works on."""
+
+    def __init__(self, layout: InputLayout, device: torch.device) -> None:
+        self.words = torch.zeros(layout.words, dtype=torch.int32, device=device)
+        self.views = layout.views(self.words)
+
+
+class HostBuffer:
+    """A step's numbers on their way to the device, or on a CPU in their place; and its tokens on their way back."""
+
+    def __init__(self, layout: InputLayout, max_rows: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.words = torch.zeros(layout.words, dtype=torch.int32, pin_memory=pinned)
+        self.arrays = layout.host_arrays(self.words)
+        self.views = layout.views(self.words)
+        self.tokens = torch.zeros(max_rows, dtype=torch.int32, pin_memory=pinned)

@@ -6,8 +6,11 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from types import FrameType
+from typing import NoReturn
 
 import msgspec
 import zmq
@@ -21,6 +24,7 @@ from engine.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+STOP_S = 10.0  # from SIGTERM to an end by force
 LONGEST_HEARTBEAT_S = 10.0  # who listens takes an engine that says nothing for longer than a few of these for dead
 
 
@@ -81,14 +85,14 @@ class RequestGate:
 
 
 def run_loop(core: EngineCore, gate: RequestGate, clock: Callable[[], int], heartbeat_s: float) -> None:
-    """Serve until SIGTERM, or until the parent process is gone."""
+    """Serve until SIGTERM."""
     stopping = []
+    woken, waker = os.pipe()
+    os.set_blocking(waker, False)
+    signal.set_wakeup_fd(waker)
+    gate.wake_on(woken)
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(True))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process in order
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        gate.wake_on(parent.sentinel)
-    while not stopping and (parent is None or os.getppid() == parent.pid):
+    while not stopping:
         gate.receive(core.scheduler, clock)
         if core.scheduler.has_work:
             core.step()
@@ -102,6 +106,12 @@ def idle_heartbeat_s(config: EngineConfig) -> float:
     return min(config.knobs_ttl_s / 4, LONGEST_HEARTBEAT_S)
 
 
+def leave(number: int, _frame: FrameType | None) -> NoReturn:
+    """Handler of a signal that ends the process while it starts: what has been opened is closed on the way out."""
+    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt that
+    raise SystemExit(128 + number)  # as shells say it
+
+
 def main(
     config: EngineConfig,
     source: ModelSource,
@@ -113,7 +123,11 @@ def main(
     """Entry point of the process. Sends "" on `ready` when it serves, or the reason why it cannot.
 
     `places` are where a controller can find it, the first one (ipc) with the HTTP server's sockets.
+    SIGTERM ends the process in order at any time, and so does the end of its parent.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process in order
+    signal.signal(signal.SIGTERM, leave)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s engine %(levelname)s %(message)s")
     with contextlib.ExitStack() as opened:
         try:
@@ -136,6 +150,17 @@ def main(
         core = EngineCore(engine_id, config, Scheduler(config), runner, link, clock, gate.send)
         ready.send("")
         run_loop(core, gate, clock, idle_heartbeat_s(config))
+
+
+def _end_with_parent() -> None:
+    """Once the parent is gone, stop this process as it would have: by SIGTERM, and by force if that is not heard."""
+    parent, main_thread = multiprocessing.parent_process(), threading.main_thread()
+    assert parent is not None, "the engine is started by the HTTP server's process"
+    assert main_thread.ident is not None, "it has been started"
+    wait([parent.sentinel])
+    signal.pthread_kill(main_thread.ident, signal.SIGTERM)  # it handles signals, so that is the one to wake
+    threading.Event().wait(STOP_S)
+    os._exit(1)
 
 
 def _warm_up(config: EngineConfig, runner: Runner, clock: Callable[[], int]) -> None:

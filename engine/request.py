@@ -135,7 +135,8 @@ class Batch:
 
     Arrays are int64 of length n; `samples` (bool) marks the rows that yield a token. `block_tables` is int32
     [n, most blocks of a row], row i holding the ids of the request's KV blocks in order (entries past its length are
-    0). `generations` are the requests' own when the batch was formed, for the scheduler to compare.
+    0). `generations` are the requests' own when the batch was formed, for the scheduler to compare. `work_since_ns` is
+    since when, by the engine's clock, there has been work without a break: from then on an idle device has a bubble.
     """
 
     requests: list[Request]
@@ -146,6 +147,7 @@ class Batch:
     samples: NDArray[np.bool_]
     block_tables: NDArray[np.int32]
     generations: list[int] = field(default_factory=list)
+    work_since_ns: int = 0
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 import uvicorn
@@ -21,8 +22,6 @@ from engine.shapes import source_model
 from engine.tokenizer import load_tokenizer, number_tokenizer
 
 logger = logging.getLogger(__name__)
-
-STOP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +48,11 @@ class ServeOptions:
 
 
 def serve(options: ServeOptions) -> int:
-    """Serve until SIGINT or SIGTERM; returns the exit status. Raises ValueError if the engine cannot start."""
+    """Serve until SIGINT or SIGTERM; returns the exit status. Raises ValueError if the engine cannot start.
+
+    A signal before all serves ends the engine, too, and raises KeyboardInterrupt or SystemExit.
+    """
+    signal.signal(signal.SIGTERM, process.leave)
     if not 0 <= options.port < 2**16:
         raise ValueError(f"port {options.port} does not exist: choose one below 65536")
     model_config = source_model(options.source)
@@ -70,9 +73,6 @@ def serve(options: ServeOptions) -> int:
         app = build_app(client, tokenizer, model, metrics, clocks.wall_s, clocks.new_id)
         server = http_server(app, options.host, options.port)
         logger.info("serving %s at http://%s:%d, engine process %d", model.name, options.host, options.port, engine.pid)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # uvicorn shuts down in order and then passes the signal on to this handler: all has been done.
-            signal.signal(number, lambda *_: None)
         with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
             return runner.run(_serve_http(server, client, engine))
     finally:
@@ -92,20 +92,25 @@ def _start_engine(options: ServeOptions) -> BaseProcess:
         options.clocks.monotonic_ns,
     )
     engine = spawn.Process(target=process.main, args=arguments, name="engine")
-    engine.start()
-    there.close()
     try:
-        reason = here.recv()
+        engine.start()
+        there.close()
+        if reason := _failure(engine, here):
+            raise ValueError(reason)
+    except BaseException:  # Ctrl-C and SIGTERM, too
+        if engine.pid is not None:
+            stop_process(engine)
+        raise
+    return engine
+
+
+def _failure(engine: BaseProcess, ready: "Connection[str, str]") -> str:
+    """Wait for the engine to serve; "", or why it does not."""
+    try:
+        return ready.recv()
     except EOFError:
         engine.join()
-        reason = f"the engine process died with exit status {engine.exitcode} while starting"
-    except KeyboardInterrupt:
-        stop_process(engine)
-        raise
-    if reason:
-        stop_process(engine)
-        raise ValueError(reason)
-    return engine
+        return f"the engine process died with exit status {engine.exitcode} while starting"
 
 
 async def _serve_http(server: uvicorn.Server, client: EngineClient, engine: BaseProcess) -> int:
@@ -129,6 +134,9 @@ async def _serve_http(server: uvicorn.Server, client: EngineClient, engine: Base
     loop.add_reader(engine.sentinel, engine_died)
     if parent is not None:
         loop.add_reader(parent.sentinel, parent_died)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn shuts down in order and then passes the signal on to this handler: all has been done.
+        signal.signal(number, lambda *_: None)
     await server.serve()
     loop.remove_reader(engine.sentinel)
     return status
@@ -137,8 +145,8 @@ async def _serve_http(server: uvicorn.Server, client: EngineClient, engine: Base
 def stop_process(child: BaseProcess) -> None:
     """SIGTERM, then SIGKILL for one that does not listen."""
     child.terminate()
-    child.join(STOP_S)
+    child.join(process.STOP_S)
     if child.is_alive():
-        logger.error("%s did not stop within %.0f s: killed", child.name, STOP_S)
+        logger.error("%s did not stop within %.0f s: killed", child.name, process.STOP_S)
         child.kill()
         child.join()

@@ -38,7 +38,7 @@ class StepInput:
 
     `token_ids` [tokens] holds -1 - j where the token is still on the device: the one that sampled row j of the step
     before yields. `block_tables` is [rows, widest row's blocks]; entries past a row's length are 0. `sampled_rows` are
-    the rows that yield a token. At least one row.
+    the rows that yield a token. `work_since_ns` is the batch's. At least one row.
     """
 
     n_decodes: int
@@ -48,6 +48,7 @@ class StepInput:
     block_tables: Int32
     sampled_rows: Int32
     drawn: DrawnRows | None
+    work_since_ns: int = 0
 
     @property
     def positions(self) -> Int32:
@@ -75,6 +76,7 @@ def step_input(batch: Batch, previous: Batch | None) -> StepInput:
         block_tables=batch.block_tables,
         sampled_rows=sampled.astype(np.int32),
         drawn=_drawn_rows(batch, sampled.tolist()),
+        work_since_ns=batch.work_since_ns,
     )
 
 

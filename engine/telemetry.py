@@ -30,12 +30,12 @@ class Reporter:
         self._in_flight: deque[tuple[int, int]] = deque()  # iteration, when it was scheduled
         self._completed: list[Completion] = []
 
-    def launched(self, batch: Batch, knobs: InForce) -> None:
+    def launched(self, batch: Batch, knobs: InForce, padding_tokens: int) -> None:
         """Report iteration N while the device works on it, so that the answer is there when N+1 is formed."""
         self.iteration += 1
         scheduled_ns = self._clock()
         self._in_flight.append((self.iteration, scheduled_ns))
-        self._publish(batch, knobs, scheduled_ns)
+        self._publish(batch, compose(batch, padding_tokens), knobs, scheduled_ns)
 
     def completed(self, result: StepResult, output: StepOutput, completed_ns: int) -> None:
         """Keep the measurements of the oldest iteration in flight for the next message."""
@@ -57,9 +57,9 @@ class Reporter:
 
     def idle(self, knobs: InForce) -> None:
         """Report an empty batch: the last measurements get out, and a controller keeps in touch."""
-        self._publish(None, knobs, self._clock())
+        self._publish(None, BatchComposition(), knobs, self._clock())
 
-    def _publish(self, batch: Batch | None, knobs: InForce, scheduled_ns: int) -> None:
+    def _publish(self, batch: Batch | None, composition: BatchComposition, knobs: InForce, scheduled_ns: int) -> None:
         telemetry = Telemetry(
             version=VERSION,
             engine_id=self._engine_id,
@@ -69,7 +69,7 @@ class Reporter:
             dead_time_iterations=DEAD_TIME_ITERATIONS,
             knobs=knobs,
             bounds=self._bounds,
-            batch=compose(batch) if batch else BatchComposition(),
+            batch=composition,
             queue=self._scheduler.queue_state(batch, scheduled_ns),
             kv_usage=self._scheduler.blocks.usage,
             preemptions=self._scheduler.preemptions,
@@ -80,7 +80,7 @@ class Reporter:
         self._link.publish(telemetry)
 
 
-def compose(batch: Batch) -> BatchComposition:
+def compose(batch: Batch, padding_tokens: int = 0) -> BatchComposition:
     """The composition of a batch as the wire tells it."""
     # Plain lists: for tens of rows they are several times cheaper than array operations.
     all_contexts: list[int] = batch.context.tolist()
@@ -94,4 +94,5 @@ def compose(batch: Batch) -> BatchComposition:
         prefill_chunk_tokens=tuple(chunks),
         prefill_context_tokens=tuple(contexts),
         prefill_attention_tokens2=sum(c * (context + 0.5 * c) for c, context in zip(chunks, contexts, strict=True)),
+        padding_tokens=padding_tokens,
     )

@@ -71,6 +71,7 @@ class LaunchedBatch:
     batch: Batch
     number: int
     known: list[list[int]]
+    padding_tokens: int = 0
 
     def result(self) -> StepResult:
         assert self.number == self.device.ran, "results are taken in the order of the launches, once each"

@@ -64,8 +64,9 @@ class Paged:
             block_tables=tables,
         )
 
-    def launch(self, work: list[tuple[Request, int]]) -> None:
+    def launch(self, work: list[tuple[Request, int]], work_since_ns: int = 0) -> None:
         batch = self.batch(work)
+        batch.work_since_ns = work_since_ns
         pending = self.runner.launch(batch)
         sampled = []
         for (request, n), samples in zip(work, batch.samples.tolist(), strict=True):

@@ -30,13 +30,14 @@ class VirtualClock:
 
 @dataclass
 class ModelledDevice:
-    """A runner whose batches take modelled time, one after another."""
+    """A runner whose batches take modelled time, one after another, padded to multiples of `padded_to` tokens."""
 
     clock: VirtualClock
     fixed_s: float = 0.005
     per_token_s: float = 0.00016
     noise: float = 0.0
     slowdown: float = 1.0
+    padded_to: int = 1
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     done_ns: int = 0  # with all that was launched
 
@@ -46,10 +47,13 @@ class ModelledDevice:
         return StepTimeModel.from_formula(line, (*line, 0.0, 0.0)).with_noise(self.noise)
 
     def launch(self, batch: Batch) -> "ModelledBatch":
-        seconds = self.slowdown * (self.fixed_s + self.per_token_s * int(batch.n_tokens.sum()))
+        n_tokens = int(batch.n_tokens.sum())
+        seconds = self.slowdown * (self.fixed_s + self.per_token_s * n_tokens)
         seconds *= float(np.exp(self.noise * self.random.standard_normal()))
-        self.done_ns = max(self.done_ns, self.clock.now_ns) + round(seconds * 1e9)
-        return ModelledBatch(self.clock, batch, seconds, self.done_ns)
+        begin_ns = max(self.done_ns, self.clock.now_ns)
+        bubble_s = (begin_ns - max(self.done_ns, batch.work_since_ns)) * 1e-9
+        self.done_ns = begin_ns + round(seconds * 1e9)
+        return ModelledBatch(self.clock, batch, seconds, bubble_s, self.done_ns, -n_tokens % self.padded_to)
 
 
 @dataclass
@@ -57,11 +61,15 @@ class ModelledBatch:
     clock: VirtualClock
     batch: Batch
     seconds: float
+    bubble_s: float
     done_ns: int
+    padding_tokens: int
 
     def result(self) -> StepResult:
         self.clock.now_ns = max(self.clock.now_ns, self.done_ns)
-        return StepResult([0] * int(self.batch.samples.sum()), self.seconds, (StageTimes(self.seconds, 0.0, 1),))
+        return StepResult(
+            [0] * int(self.batch.samples.sum()), self.seconds, (StageTimes(self.seconds, self.bubble_s, 1),)
+        )
 
 
 class MemoryWire:

@@ -2,11 +2,13 @@
 
 import msgspec
 import pytest
-from plant import Loop
+from plant import Loop, VirtualClock
 
 from engine.config import EngineConfig
+from engine.core import EngineCore
 from engine.protocol import VERSION, Finished, Knobs
-from engine.request import SamplingParams, Submit
+from engine.request import Batch, SamplingParams, Submit
+from engine.scheduler import Scheduler
 
 
 def knobs(sequence: int, iteration: int, budget: int, chunk: int) -> Knobs:
@@ -56,6 +58,40 @@ def test_slots_tell_from_the_wire_alone_whose_tokens_they_were_and_which_request
         (5, (), (long,), ()),
         (6, (), (long,), (Finished(long, started_ns, 100, 6),)),
     ]
+
+
+def test_padding_is_told_with_the_batch() -> None:
+    loop = Loop(None, config=EngineConfig(budget_tokens=64, chunk_tokens=64), padded_to=16)
+    loop.submit("a", 70, 2)
+    assert [loop.step().batch.padding_tokens for _ in range(4)] == [0, 10, 15, 0]
+
+
+class SlowScheduler(Scheduler):
+    """Takes 3 ms of the host's time to form a batch."""
+
+    clock: VirtualClock
+
+    def schedule(self, budget_tokens: int, chunk_tokens: int, now_ns: int) -> Batch:
+        self.clock.now_ns += 3_000_000
+        return super().schedule(budget_tokens, chunk_tokens, now_ns)
+
+
+@pytest.mark.parametrize(("look_ahead", "then_s"), [(False, 0.003), (True, 0.0)])
+def test_a_device_that_waits_for_the_host_has_a_bubble_and_one_without_work_has_none(
+    look_ahead: bool, then_s: float
+) -> None:
+    loop = Loop(None, config=EngineConfig(look_ahead=look_ahead), fixed_s=0.01, per_token_s=0.0)
+    scheduler = SlowScheduler(loop.config)
+    scheduler.clock = loop.clock
+    loop.core = EngineCore(
+        *("e-1", loop.config, scheduler, loop.device, loop.link, loop.clock, loop.tokens.extend),
+    )
+    for name in ("a", "b"):
+        loop.submit(name, 10, 4)
+        for _ in range(20):
+            loop.step()
+    assert len(loop.tokens) == 8
+    assert [c.stages[0].bubble_s for c in loop.completions()] == pytest.approx([0.003, then_s, then_s, then_s] * 2)
 
 
 def test_tokens_are_handed_over_while_the_next_iteration_runs_and_the_last_at_once_when_idle() -> None:

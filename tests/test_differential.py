@@ -41,6 +41,7 @@ class Device:
     completed_ns: list[int] = field(default_factory=list)  # of each iteration that the simulation launched
     batches: list[Batch] = field(default_factory=list)
     taken: int = 0
+    padding_tokens: int = 0
 
     def __call__(self) -> int:
         return self.now_ns
@@ -175,6 +176,8 @@ def test_simulator_and_live_engine_form_the_same_batches(schedule: str, depth: s
             live, simulated = pair.step(budget, chunk)
             if simulated.batch.total_tokens:
                 assert pair.live_rows() == pair.simulated_rows()
+                work_since_s = float(pair.simulation.state.scalars[0]["work_since_s"])
+                assert pair.device.batches[-1].work_since_ns == round(work_since_s * 1e9), "bubbles count from here"
             found = differences(msgspec.to_builtins(live), msgspec.to_builtins(simulated))
             assert not found, f"seed {seed}, iteration {simulated.iteration}"
             iterations += 1

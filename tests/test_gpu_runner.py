@@ -1,5 +1,6 @@
 """The runner on a GPU: graphs, eager steps, look-ahead and the CPU agree."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count
@@ -130,13 +131,39 @@ def test_steps_in_flight_report_their_time_and_the_gap_before_them(runner: Model
         if len(paged.flights) == 2:
             results.append(paged.take())
     stages = [result.stages[0] for result in results]
-    assert all(0 < stage.busy_s < 0.05 for stage in stages)
-    assert stages[0].bubble_s == 0.0
-    assert all(0 <= stage.bubble_s < 0.05 and stage.microbatches_in_flight == 2 for stage in stages[1:])
+    assert all(0 < stage.busy_s < 0.05 and 0 <= stage.bubble_s < 0.05 for stage in stages)
+    assert [stage.microbatches_in_flight for stage in stages] == [1, *[2] * 8]
+
+
+def test_busy_and_bubble_add_up_to_the_time_since_there_is_work(runner: ModelRunner) -> None:
+    """Twice, with the host's pauses between the steps; what the device idles before the work comes does not count."""
+    paged = Paged(runner, replace(runner.config, look_ahead=False))
+    (request,) = requests_of(1, SamplingParams(N_NEW), 30, SMALL.vocab_size)
+    paged.launch([(request, request.n_prompt)])
+    paged.take()
+    runner.clock = time.monotonic_ns
+    for _ in range(2):
+        time.sleep(0.2)
+        work_since_ns = time.monotonic_ns()
+        told_s = []
+        for _ in range(3):
+            time.sleep(0.05)
+            paged.launch([(request, 1)], work_since_ns)
+            (stage,) = paged.take().stages
+            assert 0.05 <= stage.bubble_s < 0.06
+            told_s.append(stage.busy_s + stage.bubble_s)
+        took_s = (time.monotonic_ns() - work_since_ns) * 1e-9
+        assert took_s - 0.005 < sum(told_s) < took_s + 0.0005
 
 
 def test_padding_is_reported(runner: ModelRunner) -> None:
-    assert [runner.padding_tokens(*size) for size in ((9, 9), (64, 64), (65, 3), (129, 2))] == [7, 0, 31, 0]
+    assert runner.graphs is not None
+    assert [runner.graphs.padding_tokens(*size) for size in ((9, 9), (64, 64), (65, 3), (129, 2))] == [7, 0, 31, 0]
+    paged = Paged(runner, runner.config)
+    nine = paged.batch([(request, request.n_prompt) for request in requests_of(9, SamplingParams(2), 2, 100)])
+    pending = runner.launch(nine)
+    assert pending.padding_tokens == 7
+    pending.result()
 
 
 def test_the_cache_is_sized_from_what_is_free() -> None:

@@ -239,6 +239,38 @@ def test_a_token_in_flight_when_its_request_is_preempted_is_drawn_again() -> Non
         assert engine.tokens(name) == continuation([first] * 50, 40)
 
 
+def preempted(engine: Engine) -> list[str]:
+    """Serve all; who was preempted."""
+    victims = []
+    while engine.scheduler.has_work:
+        before, waited = engine.scheduler.preemptions, set(engine.scheduler.waiting)
+        engine.step(256, 256)
+        if engine.scheduler.preemptions > before:
+            victims += [request.id for request in engine.scheduler.waiting if request not in waited]
+    engine.finish()
+    return victims
+
+
+@pytest.mark.parametrize("stages", [2, 3])
+def test_the_oldest_waits_for_the_younger_in_flight_and_is_not_preempted_in_their_stead(stages: int) -> None:
+    """The young one is in flight whenever the old one needs a block, and none is free."""
+    engine = Engine(replace(SMALL, kv_blocks=34, pipeline_parallel=stages))
+    engine.submit("old", [1] * 64, 40)
+    engine.submit("young", [2] * 8, 100)
+    assert set(preempted(engine)) == {"young"}
+    assert engine.tokens("old") == continuation([1] * 64, 40)
+    assert engine.tokens("young") == continuation([2] * 8, 100)
+
+
+def test_under_look_ahead_a_request_waits_for_the_last_token_of_a_younger_one() -> None:
+    """Of 32 blocks the old one holds 16 and the young one 16 with its last token in flight: they come free at once."""
+    engine = Engine(replace(SMALL, kv_blocks=32, look_ahead=True))
+    engine.submit("old", [1] * 61, 40)
+    engine.submit("young", [2] * 60, 4)
+    assert preempted(engine) == []
+    assert engine.tokens("old") == continuation([1] * 61, 40)
+
+
 def test_chunks_of_one_prompt_follow_each_other_through_the_stages() -> None:
     engine = Engine(replace(SMALL, pipeline_parallel=3))
     engine.submit("a", [1] * 100, 3)

@@ -1,7 +1,7 @@
 """The runner on a CPU: the same tokens whatever the chunks, the paging, the preemptions and the steps in flight."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ import torch.nn.functional as F
 from checkpoints import ENGINE, N_NEW, PROMPTS, VOCABULARY, expected_outputs, write_checkpoint
 from paged import Paged, make_request
 
-from engine.attention.backend import KvCache, layer_windows
+from engine.attention.backend import BatchAttention, KvCache, layer_windows
 from engine.config import EngineConfig, ModelSource
-from engine.cuda_graphs import decode_sizes, graph_shapes, smallest_fit
 from engine.device_inputs import DeviceInputs
-from engine.execution import within_memory
+from engine.execution import CudaExecution, Resumed, within_memory
 from engine.loader import load_runner
 from engine.model_config import PACER_26M, read_model_config
-from engine.model_runner import ModelRunner, _DeviceBuffer
-from engine.packed_inputs import StepShape
+from engine.model_runner import ModelRunner
+from engine.packed_inputs import DeviceBuffer
 from engine.request import Request, SamplingParams
 from engine.shard import Shard
 from engine.step_input import OutOfDeviceMemory, step_input
+from engine.step_shapes import PaddedSizes, StepShape, decode_sizes, graph_shapes
 from engine.weights import dummy_weights, load_safetensors
 
 TWO_IN_FLIGHT = replace(ENGINE, look_ahead=True)
@@ -95,14 +95,12 @@ class Attended:
         return out.flatten(1)
 
 
-class Replayed:
+class Replayed(PaddedSizes):
     """Stands in for CUDA graphs: computes a padded step from static inputs at every replay."""
 
     def __init__(self, runner: ModelRunner, shapes: list[StepShape]) -> None:
-        self.runner, self.shapes, self.replays = runner, shapes, 0
-
-    def fit(self, n_tokens: int, n_rows: int) -> StepShape | None:
-        return smallest_fit(self.shapes, n_tokens, n_rows)
+        super().__init__(shapes)
+        self.runner, self.replays = runner, 0
 
     def replay(self, shape: StepShape) -> torch.Tensor:
         self.replays += 1
@@ -113,7 +111,7 @@ def with_static_steps(runner: ModelRunner, config: EngineConfig) -> Replayed:
     """Have steps computed as graphs compute them: one buffer, padded sizes, all greedy, draws afterwards."""
     windows = layer_windows(runner.model, runner.shard)
     runner.backend.capture = lambda inputs: Attended(runner.kv_cache, windows, inputs)  # type: ignore[method-assign]
-    runner._static = _DeviceBuffer(runner._layout, runner.device)
+    runner._static = DeviceBuffer(runner._layout, runner.device)
     shapes = graph_shapes(config.max_requests, config.max_budget_tokens, config.max_model_tokens, mixed=True)
     runner.graphs = replayed = Replayed(runner, shapes)  # type: ignore[assignment]
     return replayed
@@ -131,7 +129,9 @@ def test_padded_steps_from_static_inputs_give_the_same_tokens(mistral: tuple[Any
         outputs.append(Paged(runner, config).generate(work, 90, preempt_every=7))
     assert outputs[0] == outputs[1]
     assert replayed.replays > 40
-    assert (static.padding_tokens(9, 9), plain.padding_tokens(9, 9)) == (7, 0)
+    for runner, padding_tokens in ((static, 7), (plain, 0)):
+        nine = Paged(runner, config).batch([(make_request(str(i), [i], GREEDY), 1) for i in range(9)])
+        assert runner.launch(nine).padding_tokens == padding_tokens
 
 
 def test_stages_that_hand_their_hidden_states_on_give_the_tokens_of_the_whole(mistral: tuple[Any, Path]) -> None:
@@ -165,30 +165,81 @@ def test_a_prompt_that_is_not_finished_yields_no_token(mistral: tuple[Any, Path]
 def test_device_time_is_the_injected_clock_around_the_computation(mistral: tuple[Any, Path]) -> None:
     clock = [1_000_000_000, 1_250_000_000]
     paged = Paged(runner_of(mistral[1], clock=iter(clock)), ENGINE)
-    paged.launch([(make_request("0", [1, 2], GREEDY), 2)])
+    paged.launch([(make_request("0", [1, 2], GREEDY), 2)], work_since_ns=900_000_000)
     result = paged.take()
     assert result.device_s == pytest.approx(0.25)
-    assert [(s.busy_s, s.bubble_s, s.microbatches_in_flight) for s in result.stages] == [(result.device_s, 0.0, 1)]
+    (stage,) = result.stages
+    assert (stage.busy_s, stage.microbatches_in_flight) == (result.device_s, 1)
+    assert stage.bubble_s == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(("config", "bubble_s", "in_flight"), [(ENGINE, 0.0, 1), (TWO_IN_FLIGHT, 0.03, 2)])
-def test_a_gap_is_a_bubble_only_when_work_was_waiting(
-    mistral: tuple[Any, Path], config: EngineConfig, bubble_s: float, in_flight: int
+def test_device_time_is_from_the_planning_of_attention_on_and_packing_is_the_hosts(
+    mistral: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_ns = [0]
+    runner = runner_of(mistral[1], clock=iter(lambda: now_ns[0], None))
+    pack, prepare = runner._layout.pack, runner.backend.prepare
+
+    def slow_pack(*arguments: Any) -> None:
+        now_ns[0] += 1_000_000_000
+        pack(*arguments)
+
+    def slow_prepare(*arguments: Any) -> BatchAttention:
+        now_ns[0] += 1_000_000
+        return prepare(*arguments)
+
+    monkeypatch.setattr(runner._layout, "pack", slow_pack)
+    monkeypatch.setattr(runner.backend, "prepare", slow_prepare)
+    paged = Paged(runner, ENGINE)
+    paged.launch([(make_request("0", [1, 2], GREEDY), 2)])
+    (stage,) = paged.take().stages
+    assert (stage.busy_s, stage.bubble_s) == pytest.approx((0.001, 1.0))
+
+
+@pytest.mark.parametrize(("config", "in_flight"), [(ENGINE, 1), (TWO_IN_FLIGHT, 2)])
+def test_a_gap_is_a_bubble_from_when_there_is_work(
+    mistral: tuple[Any, Path], config: EngineConfig, in_flight: int
 ) -> None:
     """Each step takes 10 ms, and the device idles for 30 ms before it."""
-    clock = iter([n * 1_000_000 for step in range(3) for n in (40 * step, 40 * step + 10)])
+    clock = iter([n * 1_000_000 for step in range(1, 5) for n in (40 * step, 40 * step + 10)])
     paged = Paged(runner_of(mistral[1], config, clock=clock), config)
     request = make_request("0", [1, 2], GREEDY)
     results = []
-    for n in (2, 1, 1):
-        paged.launch([(request, n)])
+    for n, work_since_ms in ((2, 25), (1, 25), (1, 25), (1, 155)):
+        paged.launch([(request, n)], work_since_ms * 1_000_000)
         if len(paged.flights) == config.depth:
             results.append(paged.take())
     results += [paged.take() for _ in range(len(paged.flights))]
     stages = [result.stages[0] for result in results]
-    assert [s.busy_s for s in stages] == pytest.approx([0.01] * 3)
-    assert [s.bubble_s for s in stages] == pytest.approx([0.0, bubble_s, bubble_s])
-    assert [s.microbatches_in_flight for s in stages] == [1, in_flight, in_flight]
+    assert [s.busy_s for s in stages] == pytest.approx([0.01] * 4)
+    assert [s.bubble_s for s in stages] == pytest.approx([0.015, 0.03, 0.03, 0.005])
+    assert [s.microbatches_in_flight for s in stages] == [1, *[in_flight] * 3]
+
+
+@dataclass
+class At:
+    """A CUDA event that happened at a known time of the device."""
+
+    ms: float
+
+    def elapsed_time(self, later: "At") -> float:
+        return later.ms - self.ms
+
+    def synchronize(self) -> None:
+        """It has happened."""
+
+
+def test_a_devices_bubble_counts_from_the_step_before_or_from_when_work_came_to_it_idle() -> None:
+    def step(begin_ms: float, end_ms: float, resumed: Resumed | None = None) -> CudaExecution:
+        return CudaExecution(None, torch.zeros(0), resumed, At(begin_ms), At(end_ms))  # type: ignore[arg-type]
+
+    first = step(1000, 1010, Resumed(At(990), 0.002))  # type: ignore[arg-type]
+    second = step(1013, 1020)
+    after_a_pause = step(5000, 5010, Resumed(At(4999), 0.004))  # type: ignore[arg-type]
+    assert first.bubble_s(None) == pytest.approx(0.012)
+    assert second.bubble_s(first) == pytest.approx(0.003)
+    assert after_a_pause.bubble_s(second) == pytest.approx(0.005)
+    assert step(0, 1).bubble_s(None) == 0.0
 
 
 def test_what_the_model_or_the_machine_cannot_do_is_refused(mistral: tuple[Any, Path]) -> None:
@@ -249,9 +300,9 @@ def test_every_batch_of_decodes_has_a_graph_that_is_little_larger(max_requests: 
     sizes = decode_sizes(max_requests)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == max_requests
-    shapes = graph_shapes(max_requests, 4096, 1000, mixed=False)
+    padded = PaddedSizes(graph_shapes(max_requests, 4096, 1000, mixed=False))
     for n in range(1, max_requests + 1):
-        shape = smallest_fit(shapes, n, n)
+        shape = padded.fit(n, n)
         assert shape is not None
         assert n <= shape.n_tokens == shape.n_rows == shape.n_decodes <= max(2 * n, n + (31 if n > 256 else 7))
         assert shape.max_query_tokens == 1
@@ -260,11 +311,11 @@ def test_every_batch_of_decodes_has_a_graph_that_is_little_larger(max_requests: 
 def test_mixed_steps_take_the_smallest_mixed_graph_and_large_ones_none() -> None:
     shapes = graph_shapes(48, 100, 1000, mixed=True)
     assert [shape.n_tokens for shape in shapes] == sorted((shape.n_tokens for shape in shapes), reverse=True)
-    rng = np.random.default_rng(0)
+    rng, padded = np.random.default_rng(0), PaddedSizes(shapes)
     for _ in range(500):
         n_rows = int(rng.integers(1, 49))
         n_tokens = int(rng.integers(n_rows + 1, 160))
-        shape = smallest_fit(shapes, n_tokens, n_rows)
+        shape = padded.fit(n_tokens, n_rows)
         expected = next((n for n in (32, 64, 96) if n >= n_tokens and min(n, 48) >= n_rows), None)
         assert (shape.n_tokens if shape else None) == expected
         assert shape is None or (shape.n_rows, shape.max_query_tokens, shape.n_decodes) == (

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from engine.packed_inputs import InputLayout, StepShape
+from engine.packed_inputs import InputLayout
 from engine.step_input import DrawnRows, StepInput
+from engine.step_shapes import StepShape
 
 BLOCK_TOKENS = 4
 MAX_TOKENS, MAX_ROWS, MAX_BLOCKS = 50, 9, 7

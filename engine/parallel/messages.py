@@ -8,30 +8,35 @@ import numpy as np
 
 from engine.config import EngineConfig
 from engine.step_input import StepInput
+from engine.step_shapes import StepShape
 
 STOP = b""
 """To a rank, instead of a StepInput: the end, in order."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """From every rank: the model is loaded. `config` has the block size and number that all ranks agreed on."""
+    """From every rank: the model is loaded. `config` has the block size and number that all ranks agreed on.
+
+    `shapes` are those that it has captured CUDA graphs of.
+    """
 
     rank: int
     config: EngineConfig
     vocab_size: int
     attention_name: str
+    shapes: tuple[StepShape, ...]
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
     """From the first tensor rank of each stage: its oldest microbatch is done.
 
-    `token_ids` come from the last stage only. `idle_s` passed since the microbatch before, with work waiting or none.
+    `token_ids` come from the last stage only. Before it the stage idled for `bubble_s` while there was work.
     """
 
     stage: int
     token_ids: list[int]
     busy_s: float
-    idle_s: float
+    bubble_s: float
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -14,16 +14,16 @@ import zmq
 
 from engine.config import EngineConfig, ModelSource
 from engine.parallel import worker
-from engine.parallel.groups import rank_of
+from engine.parallel.groups import START_S, rank_of
 from engine.parallel.messages import STOP, Done, Failed, FromRank, Ready, decode_from_rank, encode
 from engine.protocol import StageTimes
 from engine.request import Batch, StepResult
 from engine.shard import Shard
 from engine.step_input import step_input
+from engine.step_shapes import PaddedSizes
 
 logger = logging.getLogger(__name__)
 
-START_S = 1800.0  # hundreds of gigabytes of weights from a slow disk
 PROGRESS_S = 10.0
 SETTLE_S = 0.5  # for the ranks that fail because another one did
 STOP_S = 10.0
@@ -74,23 +74,29 @@ class ParallelRunner:
             self._wait_until_ready(clock)
         except RankError as error:
             raise ValueError(str(error)) from None
+        except BaseException:  # a signal: the ranks must not go on loading
+            self._kill()
+            raise
         self.config, self.vocab_size = self._ready[0].config, self._ready[0].vocab_size
         self.attention_name = self._ready[0].attention_name
+        self._sizes = PaddedSizes(self._ready[0].shapes)
 
     def launch(self, batch: Batch) -> "Pending":
         self._in_flight += 1
-        message = encode(step_input(batch, self._previous))
+        step = step_input(batch, self._previous)
+        message = encode(step)
         self._previous = batch
         for inbox in self._inboxes:
             inbox.send(message, copy=False)
-        return Pending(self, self._in_flight)
+        return Pending(self, self._in_flight, self._sizes.padding_tokens(len(step.token_ids), len(step.n_tokens)))
 
     def take(self, in_flight: int) -> StepResult:
         """Wait for the oldest batch; `in_flight` were on their way when it was launched, itself included."""
         done = [self._next_done(stage) for stage in range(len(self._done))]
         self._in_flight -= 1
         device_s = sum(stage.busy_s for stage in done)
-        return StepResult(done[-1].token_ids, device_s, stage_times(done, in_flight))
+        stages = tuple(StageTimes(stage.busy_s, stage.bubble_s, in_flight) for stage in done)
+        return StepResult(done[-1].token_ids, device_s, stages)
 
     def close(self) -> None:
         """End the ranks, once they have done what is in flight."""
@@ -176,23 +182,10 @@ class Pending:
 
     runner: ParallelRunner
     in_flight: int
+    padding_tokens: int
 
     def result(self) -> StepResult:
         return self.runner.take(self.in_flight)
-
-
-def stage_times(done: list[Done], in_flight: int) -> tuple[StageTimes, ...]:
-    """Busy and bubble of every stage for one microbatch; a bubble is idle time while work waits.
-
-    A stage knows how long it was idle, but not whether there was work. Into an empty pipeline (`in_flight` 1) the work
-    came with this very microbatch, and each stage has waited for it as long as those before it computed.
-    """
-    times = []
-    filling_s = 0.0
-    for stage in done:
-        times.append(StageTimes(stage.busy_s, filling_s if in_flight == 1 else stage.idle_s, in_flight))
-        filling_s += stage.busy_s
-    return tuple(times)
 
 
 def _name(shard: Shard) -> str:

@@ -45,24 +45,31 @@ def report_address(directory: Path) -> str:
 def main(shard: Shard, source: ModelSource, config: EngineConfig, directory: Path, clock: Callable[[], int]) -> None:
     """Entry point of the process; `directory` (private, one engine's) is where the ranks meet and their sockets are.
 
-    `source.threads` are this rank's. Ends on `STOP`, when anything fails, or with its parent.
+    `source.threads` are this rank's. Ends on `STOP`, when anything fails, or with its parent. A step that runs out of
+    memory fails, too: the other ranks have computed their part of it and wait for this one's. So `load_stage` takes
+    before it serves what the largest step needs, links included, and sizes the KV cache beside that.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the engine's parent, which ends all in order
     Thread(target=_end_with_parent, args=(directory,), daemon=True).start()
     rank = rank_of(shard)
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     outgoing: Outgoing = SimpleQueue()
-    reporter = Thread(target=_report, args=(outgoing, report_address(directory), shard), daemon=True)
+    arguments = outgoing, report_address(directory), shard, source.device == "cuda"
+    reporter = Thread(target=_report, args=arguments, daemon=True)
     reporter.start()
     try:
         with zmq.Context() as context, context.socket(zmq.PULL) as inbox:
             inbox.bind(work_address(directory, rank))
             device = _device(source, rank)
             collectives = join(shard, device, directory)
-            runner = load_stage(source, config, clock, shard, collectives, lambda n: smallest(n, device))
+            link = StageLink(shard, device)
+            runner = load_stage(
+                source, config, clock, shard, collectives, lambda n: smallest(n, device), compute=link.compute
+            )
             gc.freeze()  # a collection that walks through all that was loaded would hold up a step
-            outgoing.put(Ready(rank, runner.config, runner.vocab_size, runner.attention_name))
-            _serve(inbox, outgoing, runner, shard, StageLink(shard, device))
+            shapes = tuple(runner.graphs.shapes) if runner.graphs else ()
+            outgoing.put(Ready(rank, runner.config, runner.vocab_size, runner.attention_name, shapes))
+            _serve(inbox, outgoing, runner, link)
     except Exception as error:  # whatever it is, the engine's process must hear of it
         outgoing.put(error)
         reporter.join(LAST_WORD_S)
@@ -74,19 +81,10 @@ def main(shard: Shard, source: ModelSource, config: EngineConfig, directory: Pat
     dist.destroy_process_group()
 
 
-def _serve(inbox: "zmq.Socket[bytes]", outgoing: Outgoing, runner: ModelRunner, shard: Shard, link: StageLink) -> None:
+def _serve(inbox: "zmq.Socket[bytes]", outgoing: Outgoing, runner: ModelRunner, link: StageLink) -> None:
     """Compute until `STOP`. On CUDA all of a batch is enqueued, and nothing waited for."""
-    transformer = runner.transformer
     while (message := inbox.recv()) != STOP:
-        step = decode_step(message)
-        hidden = None
-        if not shard.is_first:
-            hidden = link.receive(len(step.token_ids), transformer.model.hidden_size, transformer.dtype)
-        execution = runner.execute(step, hidden)
-        if not shard.is_last:
-            assert execution.hidden is not None
-            link.send(execution.hidden)
-        outgoing.put(execution)
+        outgoing.put(link.compute(runner, decode_step(message)))
 
 
 def _device(source: ModelSource, rank: int) -> torch.device:
@@ -101,7 +99,7 @@ def _device(source: ModelSource, rank: int) -> torch.device:
     return torch.device("cuda", rank)
 
 
-def _report(outgoing: Outgoing, address: str, shard: Shard) -> None:
+def _report(outgoing: Outgoing, address: str, shard: Shard, on_cuda: bool) -> None:
     """Wait for the results, in a thread: meanwhile the next batch is launched, and tokens get out at once."""
     before: Execution | None = None
     with zmq.Context() as context, context.socket(zmq.PUSH) as reports:
@@ -112,12 +110,13 @@ def _report(outgoing: Outgoing, address: str, shard: Shard) -> None:
                 if isinstance(news, Exception):
                     raise news
                 if isinstance(news, Ready):
+                    if on_cuda:  # of this thread: waiting for an event would make a context on GPU 0 for every rank
+                        torch.cuda.set_device(news.rank)
                     reports.send(encode(news))
                     continue
                 token_ids = news.tokens()
                 if shard.tp_rank == 0:
-                    idle_s = 0.0 if before is None else news.idle_s(before)
-                    reports.send(encode(Done(shard.pp_rank, token_ids, news.busy_s, idle_s)))
+                    reports.send(encode(Done(shard.pp_rank, token_ids, news.busy_s, news.bubble_s(before))))
                 before = news
         except Exception as error:
             if not isinstance(error, ValueError):  # those say all that there is to say
