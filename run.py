@@ -52,6 +52,7 @@ def _parser() -> Parser:
         ("bench", _bench, "replay a workload against any OpenAI endpoint", (_load,)),
         ("compare", _compare, "compare policies on the same requests, in simulation", (_comparison,)),
         ("profile", _profile, "measure how long an engine's steps take, and fit a step-time model", (_profiling,)),
+        ("tune", _tune, "search knobs and law parameters for a machine, a workload and a promise", (_sockets, _tuning)),
         ("doctor", _doctor, "say which devices and attention backends this machine has", ()),
         ("demo", _demo, "compare static and adaptive budgets on a real engine, here and now", (_demonstration,)),
     ):
@@ -76,7 +77,8 @@ def _controller(parser: Parser) -> None:
     from policies.catalogue import LAWS  # noqa: PLC0415
 
     add = parser.add_argument_group("controller").add_argument
-    add("--policy", default="pid", help=f"with parameters as in pid:set_point=0.9; one of {', '.join(LAWS)}")
+    flags.add_tuned_flag(parser)
+    add("--policy", help=f"with parameters as in pid:set_point=0.9; default: pid; one of {', '.join(LAWS)}")
     add("--slo", help='the promise in milliseconds, as in "tbt:100"')
     add("--profile", type=Path, help="step-time model of the machine, as JSON; for policies that predict")
     add("--journal", type=Path, help="folder for every decision with its telemetry, as Parquet")
@@ -126,6 +128,12 @@ def _profiling(parser: Parser) -> None:
     add_flags(parser)
 
 
+def _tuning(parser: Parser) -> None:
+    from profiles.tune_flags import add_flags  # noqa: PLC0415
+
+    add_flags(parser)
+
+
 def _demonstration(parser: Parser) -> None:
     add = parser.add_argument
     add("--out", type=Path, default=Path("pacer-out/demo"), help="folder for telemetry, journal, table and picture")
@@ -140,7 +148,8 @@ def _serve(args: argparse.Namespace) -> int:
         places.append(_tcp(args.listen))
     clocks = Clocks(time.monotonic_ns, time.time, lambda: uuid.uuid4().hex)
     config, source, name = flags.engine_config(args), flags.model_source(args), flags.model_name(args)
-    return serve(ServeOptions(config, source, name, args.host, args.port, places, _keys(args), clocks))
+    tuned = flags.tuned(args)
+    return serve(ServeOptions(config, source, name, args.host, args.port, places, _keys(args), clocks, tuned))
 
 
 def _control(args: argparse.Namespace) -> int:
@@ -149,8 +158,11 @@ def _control(args: argparse.Namespace) -> int:
     from policies.catalogue import parse_law  # noqa: PLC0415
 
     engines = [_endpoints(args, name) for name in args.engine or ["pacer"]]
-    law = parse_law(args.policy, Slo.parse(args.slo) if args.slo else None, _step_time(args.profile))
-    return run(SidecarOptions(engines, law, args.journal, args.socket_dir, _keys(args), time.monotonic_ns))
+    tuned = flags.tuned(args)
+    policy, slo = (tuned.policy, tuned.slo) if tuned else (args.policy or "pid", args.slo)
+    law = parse_law(policy, Slo.parse(slo) if slo else None, _step_time(args.profile))
+    admit = tuned.check_bounds if tuned else None
+    return run(SidecarOptions(engines, law, args.journal, args.socket_dir, _keys(args), time.monotonic_ns, admit))
 
 
 def _launch(args: argparse.Namespace) -> int:
@@ -210,6 +222,17 @@ def _profile(args: argparse.Namespace) -> int:
     from profiles.sweep import run_asked  # noqa: PLC0415
 
     return run_asked(args, time.monotonic_ns, time.strftime("%Y-%m-%d %H:%M"))
+
+
+def _tune(args: argparse.Namespace) -> int:
+    date = time.strftime("%Y-%m-%d %H:%M")
+    if args.live:
+        from profiles.tune_live import run_live  # noqa: PLC0415
+
+        return run_live(args, _endpoints(args, args.live), _keys(args), time.monotonic_ns, date)
+    from profiles.tune import run_asked  # noqa: PLC0415
+
+    return run_asked(args, time.monotonic_ns, date)
 
 
 def _doctor(args: argparse.Namespace) -> int:

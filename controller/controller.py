@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from controller.journal import JournalRow
-from engine.protocol import MAX_COUNT, VERSION, Knobs, Telemetry
+from engine.protocol import MAX_COUNT, VERSION, Bounds, Knobs, Telemetry
 from policies.catalogue import Law
 from policies.guard import Guard
 
@@ -32,7 +32,7 @@ class Controller:
     """Answers every telemetry message of every engine; each engine has a guard, and so a law's state, of its own.
 
     An engine is adopted at its first telemetry. One that restarts comes with a new id, and is adopted like any other.
-    `clock` gives monotonic nanoseconds.
+    `clock` gives monotonic nanoseconds; `admit` raises ValueError for an engine that this controller is not for.
     """
 
     def __init__(
@@ -41,11 +41,13 @@ class Controller:
         law: Law,
         journal: Record | None,
         clock: Callable[[], int],
+        admit: Callable[[Bounds], None] | None = None,
     ) -> None:
         self._wire = wire
         self._law = law
         self._journal = journal
         self._clock = clock
+        self._admit = admit
         self._guards: dict[str, Guard] = {}
         self._sequence: dict[str, int] = {}
         self._heard_ns: dict[str, int] = {}
@@ -68,6 +70,8 @@ class Controller:
     def _guard(self, telemetry: Telemetry, now_ns: int) -> Guard:
         engine_id = telemetry.engine_id
         if engine_id not in self._guards:
+            if self._admit is not None:
+                self._admit(telemetry.bounds)
             for gone in [e for e, heard in self._heard_ns.items() if now_ns - heard > FORGET_S * 1e9]:
                 del self._guards[gone], self._sequence[gone], self._heard_ns[gone]
             logger.info("%s: adopted at %d tokens by %s", engine_id, telemetry.knobs.budget_tokens, self._law.spec)

@@ -14,6 +14,7 @@ from engine.model_runner import ModelRunner, check_sizes
 from engine.shapes import kv_bytes_per_token, parameter_count, source_model
 from engine.shard import SINGLE, WHOLE, Collectives, Shard
 from engine.step_input import OutOfDeviceMemory
+from engine.tuned import EngineFacts, facts_of
 from engine.weights import Weights, dummy_weights, load_safetensors
 
 if TYPE_CHECKING:
@@ -39,6 +40,12 @@ def load_runner(
         return parallel, parallel.config
     runner = load_stage(source, config, clock)
     return runner, runner.config
+
+
+def engine_facts(source: ModelSource, config: EngineConfig, attention: str) -> EngineFacts:
+    """The facts of an engine that has been loaded, by the runner's `attention_name` and the GPU's own name."""
+    gpu = torch.cuda.get_device_name(0) if source.device == "cuda" else None
+    return facts_of(source, config, attention, gpu)
 
 
 def load_stage(

@@ -21,6 +21,7 @@ from engine.link import CurveKeys, Endpoints, EngineLink, MemoryLink
 from engine.protocol import MALFORMED
 from engine.request import Abort, FinishReason, SamplingParams, Submit, ToEngine, TokenOutput
 from engine.scheduler import Scheduler
+from engine.tuned import Tuned
 
 logger = logging.getLogger(__name__)
 
@@ -119,10 +120,12 @@ def main(
     keys: CurveKeys | None,
     ready: Connection,
     clock: Callable[[], int],
+    tuned: Tuned | None = None,
 ) -> None:
     """Entry point of the process. Sends "" on `ready` when it serves, or the reason why it cannot.
 
-    `places` are where a controller can find it, the first one (ipc) with the HTTP server's sockets.
+    `places` are where a controller can find it, the first one (ipc) with the HTTP server's sockets. It does not serve
+    if it is not the engine that `tuned` is for.
     SIGTERM ends the process in order at any time, and so does the end of its parent.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process in order
@@ -132,11 +135,13 @@ def main(
     with contextlib.ExitStack() as opened:
         try:
             # Imported here: the parent, the HTTP server, imports this module to start it and needs no model code.
-            from engine.loader import load_runner  # noqa: PLC0415
+            from engine.loader import engine_facts, load_runner  # noqa: PLC0415
 
             opened.callback(places[0].claim().close)
             runner, config = load_runner(source, config, clock)
             opened.callback(runner.close)
+            if tuned is not None:
+                tuned.check(engine_facts(source, config, runner.attention_name))
             _warm_up(config, runner, clock)
             engine_id = f"{config.name}-{clock():x}"  # the clock has moved on since any earlier start
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

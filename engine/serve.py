@@ -20,6 +20,7 @@ from engine.openai_api import ServedModel
 from engine.server import build_app, http_server
 from engine.shapes import source_model
 from engine.tokenizer import load_tokenizer, number_tokenizer
+from engine.tuned import Tuned
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,10 @@ class Clocks:
 
 @dataclass(frozen=True, slots=True)
 class ServeOptions:
-    """One served model. `places` are the engine's sockets, the first one local; `keys` are for those on tcp."""
+    """One served model. `places` are the engine's sockets, the first one local; `keys` are for those on tcp.
+
+    An engine that is not the one that `tuned` is for does not start.
+    """
 
     config: EngineConfig
     source: ModelSource
@@ -45,6 +49,7 @@ class ServeOptions:
     places: list[Endpoints]
     keys: CurveKeys | None
     clocks: Clocks
+    tuned: Tuned | None = None
 
 
 def serve(options: ServeOptions) -> int:
@@ -90,6 +95,7 @@ def _start_engine(options: ServeOptions) -> BaseProcess:
         options.keys,
         there,
         options.clocks.monotonic_ns,
+        options.tuned,
     )
     engine = spawn.Process(target=process.main, args=arguments, name="engine")
     try:

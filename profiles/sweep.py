@@ -28,6 +28,5 @@ def run_asked(args: argparse.Namespace, clock: Callable[[], int], date: str) -> 
 
     source, most = model_source(args), capacities(args)["max_budget_tokens"]
     config = EngineConfig(name="profile", budget_tokens=most, chunk_tokens=most, **capacities(args))
-    name = source.shape or (source.folder.name if source.folder else "pacer-26m")
     seconds = args.seconds or (CUDA_S if source.device == "cuda" else CPU_S)
-    return run_profile(source, config, args.out, clock, seconds, {"model": name, "date": date})
+    return run_profile(source, config, args.out, clock, seconds, {"date": date})

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import importlib.metadata
-import platform
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import pyarrow.csv
 from rich.console import Console
 
 from engine.config import EngineConfig, ModelSource
-from engine.loader import load_runner
+from engine.loader import engine_facts, load_runner
 from envs.step_time import StepTimeModel
 from envs.step_time_error import errors
 from envs.step_time_fit import fit
@@ -81,14 +80,9 @@ def fit_samples(samples: Samples, config: EngineConfig, about: dict[str, Any]) -
 
 
 def measured_on(source: ModelSource, config: EngineConfig, attention: str) -> dict[str, Any]:
-    """The machine and the engine, as provenance tells them. Only with a GPU is torch asked for its name."""
-    device = f"{platform.machine()} CPU, {source.threads} threads"
-    if source.device == "cuda":
-        import torch  # noqa: PLC0415  (the process that schedules for several GPUs has no other use for it)
-
-        device = torch.cuda.get_device_name(0)
-    ranks = {"tensor_parallel": config.tensor_parallel, "pipeline_parallel": config.pipeline_parallel}
-    return {"source": "pacer profile", "device": device, "dtype": source.dtype, "attention": attention, **ranks}
+    """The machine and the engine, as provenance tells them."""
+    facts: dict[str, Any] = msgspec.to_builtins(engine_facts(source, config, attention))
+    return {"source": "pacer profile", **facts}
 
 
 def _keep(samples: Samples, config: EngineConfig, out: Path, about: dict[str, Any]) -> int:
