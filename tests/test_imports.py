@@ -19,7 +19,8 @@ MAY_IMPORT = {
 SOURCES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
 TORCH_FREE = (
     *("protocol", "link", "config", "request", "batching", "block_manager", "scheduler", "telemetry", "core"),
-    *("step_input", "step_shapes", "layout", "shapes", "falcon", "model_config", "flags", "philox", "prefix_cache"),
+    *("step_input", "step_shapes", "layout", "shapes", "falcon", "model_config"),
+    *("flags", "tuned", "philox", "prefix_cache"),
     *("parallel/messages", "parallel/runner"),
 )
 
