@@ -19,6 +19,7 @@ from engine.config import EngineConfig
 from envs.simulator import Plant
 from envs.slo import Slo
 from envs.trace import Workload
+from envs.workload import FloatArray, IntArray
 from policies.catalogue import LAWS
 from profiles.tune_flags import FAMILIES, STATIC
 
@@ -41,6 +42,7 @@ LAW_RANGES: dict[str, dict[str, Range]] = {
 }
 NEARBY = (1.0, 0.85, 1.18, 0.7, 1.4)  # times the guess: the mean load, of which it is made, is not the whole of it
 CHUNK_STEP = 1 / 8
+DEPTHS = 200
 
 
 class Candidate(NamedTuple):
@@ -118,32 +120,43 @@ def static_knobs(policy: str) -> tuple[int, int]:
 
 
 def guess_budget(plant: Plant, workload: Workload, slo: Slo) -> int:
-    """The largest budget, in tokens, whose step keeps the TBT bound at the SLO's quantile under a typical load.
+    """The largest budget, in tokens, whose steps keep the bound on gaps as often as the SLO asks, under a typical load.
 
     Typical is a full server in balance: of B tokens a step, d are decodes and B - d prompt tokens, and as many requests
-    end as begin, so d / output = (B - d) / prompt in means; their context is the mean over all decode steps. Without a
-    bound on gaps (tbt, or tpot) there is nothing to predict by, and it is the engine's own budget.
+    end as begin, so d / output = (B - d) / prompt in means; their context is the mean over all decode steps. The prompt
+    tokens are as deep in their prompt as any are, and the step has the model's noise: the bound is kept if no more than
+    1 - quantile of all pairs of the two miss it. Without a bound on gaps (tbt, or tpot) there is nothing to predict by,
+    and it is the engine's own budget.
     """
     config, bound_s = plant.config, slo.tbt_s or slo.tpot_s
     if bound_s is None:
         return config.budget_tokens
-    tile = config.tile_tokens
-    prompts, outputs = workload.prompt_tokens.astype(float), workload.output_tokens.astype(float)
+    tile, factors = config.tile_tokens, plant.step_time.residuals[1]
+    prompts, outputs = workload.prompt_tokens, workload.output_tokens
     context = float((outputs * (prompts + outputs / 2)).sum() / outputs.sum())
-    attention = float((prompts**2).sum() / prompts.sum()) / 2  # W of a prompt token
     most = min(config.max_requests, config.kv_blocks * config.block_tokens / context)
+    depths = _depths(prompts)
 
-    def fits(tiles: int) -> bool:
-        budget = tiles * tile
+    def fits(budget: int) -> bool:
         decodes = min(budget * outputs.sum() / (prompts.sum() + outputs.sum()), most)
         prefill = budget - decodes
         requests = 1 + prefill / prompts.mean()
-        step = (decodes, decodes * context, requests, prefill, prefill * attention)
-        return plant.step_time.quantile_s(slo.quantile, *step) <= bound_s
+        means_s = [plant.step_time.mean_s(decodes, decodes * context, requests, prefill, prefill * d) for d in depths]
+        return float(np.mean(np.outer(means_s, factors) > bound_s)) <= 1 - slo.quantile
 
-    low = -(-config.min_budget_tokens // tile)
-    tiles = [t for t in range(low, config.max_budget_tokens // tile + 1) if fits(t)]
-    return max(tiles, default=low) * tile
+    fitting, beyond = -(-config.min_budget_tokens // tile), config.max_budget_tokens // tile + 1
+    while beyond - fitting > 1:  # the lowest, should it not fit either
+        middle = (fitting + beyond) // 2
+        fitting, beyond = (middle, beyond) if fits(middle * tile) else (fitting, middle)
+    return fitting * tile
+
+
+def _depths(prompts: IntArray) -> FloatArray:
+    """How many tokens of its prompt are before a prompt token: `DEPTHS` of them, evenly spread over all tokens."""
+    ends = np.cumsum(prompts)
+    at = (np.arange(DEPTHS) + 0.5) / DEPTHS * ends[-1]
+    which = np.searchsorted(ends, at, side="right")
+    return np.asarray(at - (ends - prompts)[which], dtype=np.float64)
 
 
 def _suggest(trial: Trial, name: str, range_: Range) -> Any:

@@ -1,17 +1,10 @@
 """Tuning: the space, what a trial is worth, studies that outlive their processes, the baselines, and the command."""
 
-import argparse
 import itertools
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import optuna
 import pytest
@@ -22,7 +15,6 @@ from rich.console import Console
 from test_capacity import LENGTHS, PLANT
 
 from engine.config import EngineConfig
-from engine.tuned import Tuned
 from envs.simulator import Plant
 from envs.slo import Slo
 from envs.step_time import StepTimeModel
@@ -30,9 +22,8 @@ from envs.trace import Workload, make_workload
 from policies.catalogue import LAWS, parse_law
 from profiles import tune_study
 from profiles.parallel import worker_pool
-from profiles.tune import run_asked
 from profiles.tune_baselines import Verdict
-from profiles.tune_flags import FAMILIES, add_flags
+from profiles.tune_flags import FAMILIES
 from profiles.tune_objective import TOLERANCE, Evaluation, Objective, Problem, Score, finished_trials
 from profiles.tune_space import LAW_RANGES, Space, guess_budget, static_knobs
 from profiles.tune_study import Limit, Progress, Search
@@ -116,10 +107,13 @@ def test_the_guess_is_the_largest_budget_within_the_bound_at_the_typical_load() 
     assert guess_budget(plant, load, Slo.parse("tpot:50")) == 480
     assert guess_budget(plant, load, Slo.parse("tbt:0.1")) == 16
     assert guess_budget(plant, load, Slo.parse("ttft:50")) == plant.config.budget_tokens
-    # Two factors, equally likely: the P99 is the slower one's, 25 % above the mean.
-    slower = Plant(EngineConfig(), flat.with_noise(0.1))
-    factor = slower.step_time.factor(0.99, True)
-    assert guess_budget(slower, load, Slo.parse("tbt:50")) == int((50 / factor - 1) * 10 // 16 * 16)
+    noisy = Plant(EngineConfig(), flat.with_noise(0.1))
+    worst = np.sort(noisy.step_time.residuals[1])[-3]  # of 256 factors two may miss: less than 1 %
+    assert guess_budget(noisy, load, Slo.parse("tbt:50")) == int((50 / worst - 1) * 10 // 16 * 16)
+    # 0.1 us for each pair of tokens: 300 deep tokens are as slow as all, in a step of one such prompt or of three.
+    deep = Plant(EngineConfig(), StepTimeModel.from_formula((1e-3, 1e-4, 0.0), (1e-3, 1e-4, 0.0, 1e-7, 0.0)))
+    budget = guess_budget(deep, load, Slo.parse("tbt:50"))
+    assert budget < 480 and abs(1e-3 + 1e-4 * budget + 1e-7 * (budget * 10 / 11) * 297 - 50e-3) < 2e-3
 
 
 def test_a_score_is_the_capacity_and_the_ttft_of_the_same_requests() -> None:
@@ -176,84 +170,6 @@ def test_the_same_seed_gives_the_same_study(tmp_path: Path) -> None:
     assert found[0] == found[1]
 
 
-CHILD = """
-import sys
-from pathlib import Path
-from test_tune import search
-if __name__ == "__main__":
-    one = search(Path(sys.argv[1]), trials=10_000)
-    one.begin([], [])
-    while True:
-        print(one.one_trial().trials, flush=True)
-"""
-
-
-def test_a_study_killed_mid_trial_loses_no_finished_one_and_tries_that_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", CHILD, str(tmp_path)]
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as child:
-        try:
-            assert child.stdout is not None
-            while int(child.stdout.readline()) < 5:
-                pass
-            while not (running := [t for t in trials_in(tmp_path) if t.state == TrialState.RUNNING and t.params]):
-                pass
-            kept = {t.number: (t.values, t.params) for t in trials_in(tmp_path) if t.state.is_finished()}
-        finally:
-            child.kill()
-    assert child.returncode == -signal.SIGKILL and len(kept) >= 5 and running
-    after = {t.number: (t.values, t.params) for t in trials_in(tmp_path) if t.state.is_finished()}
-    assert kept.items() <= after.items()
-    left = [t for t in trials_in(tmp_path) if t.state == TrialState.RUNNING]
-    monkeypatch.setattr(tune_study, "GRACE_S", 1)
-    forget()
-    try:
-        one = search(tmp_path, trials=10_000)
-        while left and not [
-            t for t in one.study().trials if "failed_trial" in t.system_attrs and t.state.is_finished()
-        ]:
-            one.one_trial()
-        trials = {t.number: t for t in one.study().trials}
-    finally:
-        forget()
-    assert {number: (trials[number].values, trials[number].params) for number in after} == after
-    assert all(trials[t.number].state == TrialState.FAIL for t in left)
-    again = [t for t in trials.values() if t.system_attrs.get("failed_trial") in {t.number for t in left}]
-    assert [t.params for t in again] == [t.params for t in left]
-
-
-def forget() -> None:
-    """Open databases anew, with what is set now."""
-    tune_study.open_storage.cache_clear()
-    tune_study._opened.cache_clear()
-
-
-def trials_in(folder: Path) -> list[optuna.trial.FrozenTrial]:
-    """Read beside the process that searches, without taking its trials for dead."""
-    return optuna.load_study(study_name="tuned-static", storage=f"sqlite:///{folder / 'study.db'}").trials
-
-
-def test_four_processes_on_one_study_find_what_one_finds(tmp_path: Path) -> None:
-    verdicts, seconds = {}, {}
-    for processes in (1, 4):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        with worker_pool(processes) as pool:
-            list(pool.imap(abs, range(processes)))
-            began_s = time.perf_counter()
-            verdicts[processes] = tuner(folder, pool, processes, 20).static(problem())
-            seconds[processes] = time.perf_counter() - began_s
-    print({"seconds": seconds})
-    one, four = (verdicts[n].tuned for n in (1, 4))
-    assert one.trials == four.trials == 20
-    assert one.best and four.best and four.best.capacity == pytest.approx(one.best.capacity, rel=0.02)
-    study = tune_study.load_study(f"sqlite:///{tmp_path / '4' / 'study.db'}", verdicts[4].study)
-    assert sorted(t.number for t in study.trials) == list(range(len(study.trials)))
-    assert all(t.state.is_finished() for t in study.trials)
-
-
 def test_the_baselines_spend_what_the_tuner_spent(tmp_path: Path) -> None:
     with worker_pool(1) as pool:
         found = tuner(tmp_path, pool, 1, 15).static(problem())
@@ -282,65 +198,3 @@ def test_a_tuner_that_does_not_beat_random_search_is_reported_so() -> None:
     assert verdict(5.2, 5.0).beaten and "the tuner beat random search" in verdict(5.2, 5.0).text
     assert not verdict(5.0, 5.0).beaten and "DID NOT BEAT random search (equal)" in verdict(5.0, 5.0).text
     assert not verdict(4.0, 5.0).beaten and "DID NOT BEAT random search (worse)" in verdict(4.0, 5.0).text
-
-
-def flags(*given: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    return parser.parse_args(given)
-
-
-SMALL = [
-    "--num-prompts",
-    "300",
-    "--seeds",
-    "2",
-    "--trials",
-    "6",
-    "--processes",
-    "2",
-    "--policies",
-    "static",
-    "predictive",
-]
-
-
-def test_the_command_writes_knobs_that_an_engine_takes_and_goes_on_where_it_was(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    args = flags(*SMALL, "--out", str(tmp_path))
-    assert run_asked(args, lambda: 0, "2025-01-01 00:00") == 0
-    (path,) = tmp_path.glob("*.tuned.json")
-    assert path.name == "h200-mistral-7b.tuned.json"
-    tuned = Tuned.load(path)
-    assert set(tuned.laws) == {"static", "predictive"} and tuned.policy in tuned.laws.values()
-    assert static_knobs(tuned.laws["static"]) == (tuned.budget_tokens, tuned.chunk_tokens)
-    assert Slo.parse(tuned.slo) == Slo.parse("tbt:40")
-    scores = tuned.provenance["scores"]["static"]
-    assert {"guess", "tuned", "random", "grid", "beat_random", "pareto_front"} == set(scores)
-    front = scores["pareto_front"]
-    assert front and all(
-        a["capacity"] > b["capacity"] and a["ttft_s"] > b["ttft_s"] for a, b in itertools.pairwise(front)
-    )
-    assert (tmp_path / "report.html").stat().st_size > 1000
-    out = capsys.readouterr().out
-    assert "static: random" in out and "random search" in out
-
-    assert run_asked(args, lambda: 0, "2025-01-01 00:00") == 0  # all is done: nothing changes
-    assert msgspec.to_builtins(Tuned.load(path)) == msgspec.to_builtins(tuned)
-
-
-@pytest.mark.parametrize(
-    ("given_flags", "message"),
-    [
-        (["--trials", "0"], "--trials is 0; it must be at least 1"),
-        (["--processes", "0"], "--processes is 0"),
-        (["--timeout", "0"], "--timeout is 0"),
-        (["--seeds", "0"], "--seeds is 0"),
-        (["--slo", "tbt:1", "--num-prompts", "50", "--policies", "static"], "no static budget keeps tbt:1 at any rate"),
-        (["--slo", "nothing"], "unknown word 'nothing'"),
-    ],
-)
-def test_what_cannot_be_tuned_is_refused_with_the_remedy(given_flags: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        run_asked(flags(*given_flags, "--out", str(tmp_path)), lambda: 0, "")

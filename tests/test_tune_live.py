@@ -215,17 +215,19 @@ def served(tmp_path: Path) -> Iterator[Served]:
 
 def test_a_serving_engine_is_tuned_without_a_request_dropped(served: Served, tmp_path: Path) -> None:
     ear = Ear(served.endpoints)
-    load = Load(served.url, "poisson:1.5", "uniform:100-500,10-40", 60)
+    load = Load(served.url, "poisson:1.5", "uniform:100-500,10-40", 80)
     out = tmp_path / "out"
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    args = argparse.Namespace(slo="tbt:100 quantile:0.9", out=out, storage=url, trials=6, timeout=200.0, hold=True)
+    args = argparse.Namespace(slo="tbt:100 quantile:0.9", out=out, storage=url, trials=5, timeout=50.0, hold=True)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupt_while_it_holds() -> None:
-        wait_for((out / "report.html").exists, "the report", 280)
-        end_ns = monotonic_ns() + 3 * 10**9  # its own knobs live for one second
-        held.append(ear.wait_for(lambda t: t.scheduled_ns > end_ns, "telemetry after that"))
-        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            wait_for((out / "report.html").exists, "the report")
+            end_ns = monotonic_ns() + 3 * 10**9  # the engine's own knobs are back after one second of silence
+            held.append(ear.wait_for(lambda t: t.scheduled_ns > end_ns, "telemetry after that"))
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
 
     held: list[Telemetry] = []
     watcher = threading.Thread(target=interrupt_while_it_holds)
@@ -248,7 +250,7 @@ def test_a_serving_engine_is_tuned_without_a_request_dropped(served: Served, tmp
     assert trials[0].user_attrs["cut"]
     assert (out / "report.html").exists()
     result = load.result()
-    assert [record.status for record in result.records] == ["completed"] * 60
+    assert [record.status for record in result.records] == ["completed"] * 80
     ear.wait_for(lambda t: t.knobs.source == "fallback" and t.knobs.budget_tokens == 512, "its own knobs again")
     ear.stop()
     # What was in force while it was tuned are the candidates.
