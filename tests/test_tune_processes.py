@@ -55,17 +55,15 @@ def test_a_study_killed_mid_trial_loses_no_finished_one_and_tries_that_again(
     forget()
     try:
         one = search(tmp_path, trials=10_000)
-        while left and not [
-            t for t in one.study().trials if "failed_trial" in t.system_attrs and t.state.is_finished()
-        ]:
+        while not any("failed_trial" in t.system_attrs and t.state.is_finished() for t in one.study().trials):
             one.one_trial()
         trials = {t.number: t for t in one.study().trials}
     finally:
         forget()
     assert {number: (trials[number].values, trials[number].params) for number in after} == after
     assert all(trials[t.number].state == TrialState.FAIL for t in left)
-    again = [t for t in trials.values() if t.system_attrs.get("failed_trial") in {t.number for t in left}]
-    assert [t.params for t in again] == [t.params for t in left]
+    again = {t.system_attrs["failed_trial"]: t for t in trials.values() if "failed_trial" in t.system_attrs}
+    assert all(t.params.items() <= again[t.number].params.items() for t in left)  # it may not have known all of them
 
 
 def kill_a_search(folder: Path) -> tuple[dict[int, Any], list[optuna.trial.FrozenTrial]]:
