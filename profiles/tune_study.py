@@ -84,8 +84,10 @@ class Search:
 
     def run(self, pool: Pool, processes: int, at_end: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
         """Search over the pool's processes until the limit, or until `at_end` says so between two trials."""
-        missing = self.limit.trials - self.progress().trials
-        free, ended = threading.Semaphore(processes), threading.Event()
+        begun = self.progress()
+        missing, alone = self.limit.trials - begun.trials, begun.best is None
+        # Until one trial has run to its end there is nothing to prune by: it runs alone.
+        free, ended = threading.Semaphore(1 if alone else processes), threading.Event()
 
         def tasks() -> Iterator[Search]:
             for _ in range(missing):
@@ -99,7 +101,8 @@ class Search:
                 yield progress
                 if not progress.asked or at_end():
                     ended.set()
-                free.release()
+                free.release(processes if alone and progress.best else 1)
+                alone = alone and progress.best is None
         finally:
             ended.set()
             free.release()

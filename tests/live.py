@@ -137,7 +137,7 @@ class Ear:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._link = ControllerLink(self._context, [endpoints])
         self._stopping = False
-        self._thread = threading.Thread(target=self._listen)
+        self._thread = threading.Thread(target=self._listen, daemon=True)  # a failed test must not keep pytest alive
         self._thread.start()
 
     def _listen(self) -> None:
@@ -171,7 +171,7 @@ class Load(threading.Thread):
     """A replay in the background; `result` waits for its end."""
 
     def __init__(self, url: str, arrivals: str, lengths: str, n_requests: int | None, seed: int = 0) -> None:
-        super().__init__()
+        super().__init__(daemon=True)
         rng = np.random.default_rng(seed)
         workload = make_workload(arrivals, lengths, rng, n_requests)
         self._replay = lambda: replay(workload, url, rng)

@@ -96,7 +96,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = http_server(app, "127.0.0.1", self.port)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:

@@ -251,7 +251,7 @@ def test_kill_9_of_the_engine_ends_its_server_and_the_controller_picks_up_the_ne
     body = {"model": "pacer-26m", "prompt": [65] * 100, "max_tokens": 1500, "ignore_eos": True}
     replies: list[httpx.Response] = []
     asking = threading.Thread(
-        target=lambda: replies.append(httpx.post(f"{served.url}/v1/completions", json=body, timeout=60))
+        target=lambda: replies.append(httpx.post(f"{served.url}/v1/completions", json=body, timeout=60)), daemon=True
     )
     asking.start()
     ear.wait_for(lambda t: t.batch.decode_tokens == 1, "a running request")

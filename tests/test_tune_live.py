@@ -230,7 +230,7 @@ def test_a_serving_engine_is_tuned_without_a_request_dropped(served: Served, tmp
             os.kill(os.getpid(), signal.SIGINT)
 
     held: list[Telemetry] = []
-    watcher = threading.Thread(target=interrupt_while_it_holds)
+    watcher = threading.Thread(target=interrupt_while_it_holds, daemon=True)
     watcher.start()
     try:
         assert run_live(args, served.endpoints, None, monotonic_ns, "today") == 0
@@ -244,9 +244,11 @@ def test_a_serving_engine_is_tuned_without_a_request_dropped(served: Served, tmp
     assert tuned.policy == f"static:budget={tuned.budget_tokens}"
     (name,) = optuna.get_all_study_names(url)
     trials = optuna.load_study(study_name=name, storage=url).trials
-    assert [trial.params["budget_tokens"] for trial in trials] == [
+    # On a slow machine the time may be over in the middle of a window, whose trial failed without any figure.
+    assert [trial.params["budget_tokens"] for trial in trials if "seconds" in trial.user_attrs] == [
         window["budget_tokens"] for window in tuned.provenance["windows"]
     ]
+    assert all(trial.state.is_finished() for trial in trials)
     assert trials[0].user_attrs["cut"]
     assert (out / "report.html").exists()
     result = load.result()
