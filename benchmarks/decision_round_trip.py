@@ -51,7 +51,7 @@ def message(iteration: int, config: EngineConfig, random: np.random.Generator) -
         knobs=InForce(256, 256, iteration - 1, iteration - 1, "controller"),
         bounds=config.bounds,
         batch=BatchComposition(32, 12000, 1, 224, (224,), (512,), 139776.0, 0),
-        queue=QueueState(33, 4, 6000, 0.2, 1000, 736),
+        queue=QueueState(33, 4, 6000, 0.2, (1000, *4 * (1500,)), (512, *4 * (0,))),
         kv_usage=0.4,
         preemptions=0,
         rejected_knobs=0,

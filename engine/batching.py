@@ -3,8 +3,9 @@
 Written once, over plain arrays, compiled by numba: the live scheduler calls it and then deals with block ids, the
 simulator calls it and then advances its clock. Nothing here knows about time, tokens' values or tensors.
 
-The default schedule is stall-free batching (Sarathi-Serve, OSDI'24, section 4.2): decodes first, then running prefills,
-then new requests, until the token budget is spent. The others are the baselines that the paper compares with.
+The default schedule is stall-free batching (Sarathi-Serve, OSDI'24, section 4.2): decodes first, then running prefills
+(the shortest first, should a chunk below the budget have let several begin), then new requests, until the token budget
+is spent. The others are the baselines that the paper compares with.
 """
 
 from typing import NamedTuple
@@ -133,20 +134,31 @@ def _place_decodes(
 def _place_running_prefills(
     running: IntArray, end: int, requests: RequestArrays, chunk: int, left: int, plan: Plan, rows: int
 ) -> tuple[int, int]:
-    """Continue the prompts under way, oldest first. Returns (rows placed in all, tokens left of the budget)."""
+    """Continue the prompts under way, the least remaining first, of equals the oldest. Returns (rows placed in all,
+    tokens left of the budget).
+
+    While the chunk is the budget hardly more than one is under way: the next begins with what the last has left over. A
+    smaller chunk lets a short prompt begin beside a long one, and this order lets it past.
+    """
+    n = rows
     for i in range(end):
-        slot = running[i]
-        remaining = requests.prefill_end[slot] - requests.context[slot]
+        remaining = requests.prefill_end[running[i]] - requests.context[running[i]]
         if remaining <= 0:
             continue
-        tokens = min(remaining, chunk, left)
+        at = n
+        while at > rows and remaining < requests.prefill_end[plan.slots[at - 1]] - requests.context[plan.slots[at - 1]]:
+            plan.slots[at] = plan.slots[at - 1]
+            at -= 1
+        plan.slots[at] = running[i]
+        n += 1
+    for row in range(rows, n):
+        slot = plan.slots[row]
+        tokens = min(requests.prefill_end[slot] - requests.context[slot], chunk, left)
         if tokens <= 0:
-            break
-        plan.slots[rows] = slot
-        plan.tokens[rows] = tokens
-        rows += 1
+            return row, left
+        plan.tokens[row] = tokens
         left -= tokens
-    return rows, left
+    return n, left
 
 
 @compiled

@@ -14,7 +14,8 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-VERSION = 2
+VERSION = 3
+MOST_PROMPTS = 16  # that telemetry tells of one by one
 MAX_COUNT = 2**53  # sequences and iterations stay below, so that every language reads them exactly
 MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoding bytes from a socket may raise."""
@@ -86,17 +87,29 @@ class BatchComposition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
 class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """Who waits after the batch was formed.
 
-    The head prefill is the first request that had prompt left to compute when the batch was formed: the oldest running
-    one, else the head of the waiting queue. What the batch computes of it is still counted as left. The oldest wait
-    counts from the arrival of the head of the waiting queue, which may have run before it was preempted.
+    `prompt_remaining_tokens` and `prompt_context_tokens`, parallel, are of the first `MOST_PROMPTS` prompts that had
+    tokens left to compute when the batch was formed, in the order in which they are served: the running ones, oldest
+    first, then the waiting queue. What the batch computes of them is still counted as left. The context is in the KV
+    cache by then, with all that was in flight; of a waiting one it is what the prefix cache holds of it, as last looked
+    up. The head is the first of them. The oldest wait counts from the arrival of the head of the waiting queue, which
+    may have run before it was preempted.
     """
 
     running_requests: int = 0
     waiting_requests: int = 0
     waiting_prompt_tokens: int = 0
     oldest_wait_s: float = 0.0
-    head_remaining_tokens: int = 0
-    head_context_tokens: int = 0
+    prompt_remaining_tokens: tuple[int, ...] = ()
+    prompt_context_tokens: tuple[int, ...] = ()
+
+    @property
+    def head_remaining_tokens(self) -> int:
+        """0 if there is no prompt to compute."""
+        return self.prompt_remaining_tokens[0] if self.prompt_remaining_tokens else 0
+
+    @property
+    def head_context_tokens(self) -> int:
+        return self.prompt_context_tokens[0] if self.prompt_context_tokens else 0
 
 
 class StageTimes(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):

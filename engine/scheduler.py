@@ -5,6 +5,7 @@ No torch, no clock: times come in as arguments, so the same scheduler serves the
 
 from collections import deque
 from itertools import islice
+from operator import itemgetter
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from engine.batching import SCHEDULES, Limits, RequestArrays, empty_plan, form_b
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.prefix_cache import cached_blocks, look_up, remember
-from engine.protocol import Finished, QueueState
+from engine.protocol import MOST_PROMPTS, Finished, QueueState
 from engine.request import Abort, Batch, FinishReason, Request, StepOutput, Submit, TokenOutput
 
 
@@ -164,21 +165,32 @@ class Scheduler:
 
     def queue_state(self, batch: Batch | None, now_ns: int) -> QueueState:
         """Who waits when `batch` has just been formed; None: there was nothing to form."""
-        head: Request | None = None
-        head_context = 0
-        if batch and len(batch.requests) > batch.n_decodes:  # the head is in the batch, if any prompt is
-            head, head_context = batch.requests[batch.n_decodes], int(batch.context[batch.n_decodes])
-        elif self._prefilling or self.waiting:
-            head = self._prefilling[0] if self._prefilling else self.waiting[0]
-            head_context = int(self._arrays.context[head.slot])
+        remaining, context = self._prompts(batch)
         return QueueState(
             running_requests=len(self.running),
             waiting_requests=len(self.waiting),
             waiting_prompt_tokens=self._waiting_tokens,
             oldest_wait_s=(now_ns - self.waiting[0].arrival_ns) * 1e-9 if self.waiting else 0.0,
-            head_remaining_tokens=int(self._arrays.prefill_end[head.slot]) - head_context if head else 0,
-            head_context_tokens=head_context,
+            prompt_remaining_tokens=remaining,
+            prompt_context_tokens=context,
         )
+
+    def _prompts(self, batch: Batch | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(remaining, context) of the first prompts to compute, as of before `batch`, which serves the first of them.
+
+        A prompt ends with the last token that is known.
+        """
+        computed, cached = self._arrays.context.item, self._arrays.cached_tokens.item
+        served = batch.requests[batch.n_decodes :] if batch else []
+        starts = batch.context[batch.n_decodes :].tolist() if batch else []
+        told = [(len(r.token_ids) - start, start) for r, start in zip(served, starts, strict=True)]
+        others = {r.slot: len(r.token_ids) for r in self._prefilling}
+        for r in served:
+            others.pop(r.slot, None)
+        told += sorted(((n - computed(slot), computed(slot)) for slot, n in others.items()), key=itemgetter(0))
+        for r in islice(self.waiting, max(MOST_PROMPTS - len(told), 0)):
+            told.append((len(r.token_ids) - cached(r.slot), cached(r.slot)))
+        return tuple(n for n, _ in told[:MOST_PROMPTS]), tuple(start for _, start in told[:MOST_PROMPTS])
 
     def check(self) -> None:
         """Raise AssertionError if the books disagree; for tests and idle moments."""

@@ -5,7 +5,7 @@
 
 import numpy as np
 
-from engine.batching import form_batch
+from engine.batching import IntArray, form_batch
 from engine.compiled import inlined
 from envs.stages import drain, drop_without_blocks, forget_tokens, launch, mean_s, retire
 from envs.state import Rules, State
@@ -177,12 +177,50 @@ def advance(state: State, rules: Rules, budget: int, chunk: int, limit_s: float)
 
 
 @inlined
+def _among(slots: IntArray, slot: int) -> bool:
+    for other in slots:  # noqa: SIM110  (numba has no `in` for arrays)
+        if other == slot:
+            return True
+    return False
+
+
+@inlined
+def tell_prompts(state: State, most: int) -> None:
+    """Write the first `most` prompts to compute, as of before the batch that `advance` launched, to `state.prompts`.
+
+    The batch serves the first of them; then come the other running ones, the shortest first; then those that wait.
+    """
+    s, context, prefill_end = state.scalars[0], state.arrays.context, state.arrays.prefill_end
+    told, start, batch = state.prompts.remaining, state.prompts.context, state.plan.slots[s.decodes : s.rows]
+    n = served = min(s.rows - s.decodes, most)
+    for i in range(n):
+        start[i] = context[batch[i]] - state.plan.tokens[s.decodes + i]
+        told[i] = prefill_end[batch[i]] - start[i]
+    for slot in state.running[: s.n_running]:
+        remaining = prefill_end[slot] - context[slot]
+        if remaining <= 0 or _among(batch, slot):
+            continue
+        at = n
+        while at > served and told[at - 1] > remaining:
+            if at < most:
+                told[at], start[at] = told[at - 1], start[at - 1]
+            at -= 1
+        if at < most:
+            told[at], start[at] = remaining, context[slot]
+            n = min(n + 1, most)
+    for slot in state.waiting[s.head : min(s.tail, s.head + most - n)]:
+        told[n], start[n] = prefill_end[slot], 0
+        n += 1
+    s.n_prompts = n
+
+
+@inlined
 def run(
     state: State, rules: Rules, budget: int, chunk: int, limit_s: float, until_s: float, max_iterations: int
 ) -> int:
     """Iterations under one law, until all requests have ended, the time or their number is reached, or the log is full.
 
-    Returns the rows of the last batch.
+    Returns the rows of the last batch; its prompts are told.
     """
     s = state.scalars[0]
     arrival_s, rows = state.requests.arrival_s, 0
@@ -190,22 +228,10 @@ def run(
         idle = s.in_flight == 0 and s.n_running == 0 and s.head == s.tail
         if idle and s.arrived < len(arrival_s) and arrival_s[s.arrived] >= until_s:
             s.now_s = max(s.now_s, until_s)
-            return 0
+            rows = 0
+            break
         rows = advance(state, rules, budget, chunk, limit_s)
         if s.finished == len(arrival_s) or s.now_s >= until_s or s.n_logged == len(state.log):
             break
+    tell_prompts(state, len(state.prompts.context))
     return rows
-
-
-@inlined
-def head_prefill(state: State) -> tuple[int, int]:
-    """The head prefill as telemetry has it, after `advance`: its slot and its context. Slot -1: there is none."""
-    s = state.scalars[0]
-    if s.prefills > 0:  # then it is in the batch
-        slot = state.plan.slots[s.decodes]
-        return int(slot), int(state.arrays.context[slot] - state.plan.tokens[s.decodes])
-    for i in range(s.n_running):
-        slot = state.running[i]
-        if state.arrays.context[slot] < state.arrays.prefill_end[slot]:
-            return int(slot), int(state.arrays.context[slot])
-    return (int(state.waiting[s.head]) if s.head < s.tail else -1), 0

@@ -26,11 +26,12 @@ from envs.features import (
     probes,
     remember,
 )
-from envs.kernel import advance, head_prefill
+from envs.kernel import advance, tell_prompts
 from envs.reward import NOTHING, Earned, earned, plus
 from envs.simulator import Simulation
 from envs.state import IntArray, Rules, State
-from envs.step_time import StepTimeModel, mean_step_s
+from envs.step_mean import mean_step_s
+from envs.step_time import StepTimeModel
 
 _features, _knobs_of, _plus = compiled(features), compiled(knobs_of), compiled(plus)
 _probes, _remember = compiled(probes), compiled(remember)
@@ -151,10 +152,10 @@ def _predicted(lane: Lane, launched: bool, budget: int, head_context: int) -> tu
 def _now(lane: Lane, launched: bool, budget: int, chunk: int) -> Now:
     """What the telemetry of this launch would say."""
     state, s = lane.state, lane.state.scalars[0]
-    head, head_context = head_prefill(state)
-    head_remaining = 0
-    if head >= 0:
-        head_remaining = state.arrays.prefill_end[head] - head_context
+    tell_prompts(state, 1)
+    head_remaining = head_context = 0
+    if s.n_prompts > 0:
+        head_remaining, head_context = state.prompts.remaining[0], state.prompts.context[0]
     decode_s, linear_s, batch_s, full_s = _predicted(lane, launched, budget, head_context)
     if launched:
         row = lane.launched[s.iteration % IN_FLIGHT]

@@ -23,7 +23,7 @@ from engine.protocol import (
     StageTimes,
     Telemetry,
 )
-from envs.kernel import head_prefill, run
+from envs.kernel import run
 from envs.outcome import Outcome
 from envs.state import LOG_COLUMNS, LOG_ROWS, Done, FloatArray, Rules, Scalars, initial_state
 from envs.step_time import StepTimeModel
@@ -243,15 +243,14 @@ class Simulation:
 
     def _queue(self, s: Scalars) -> QueueState:
         state = self.state
-        head, context = head_prefill(state)
         waits = s.head < s.tail
         return QueueState(
             running_requests=s.n_running,
             waiting_requests=s.tail - s.head,
             waiting_prompt_tokens=s.waiting_tokens,
             oldest_wait_s=s.now_s - float(state.requests.arrival_s[state.waiting[s.head]]) if waits else 0.0,
-            head_remaining_tokens=int(state.arrays.prefill_end[head]) - context if head >= 0 else 0,
-            head_context_tokens=context,
+            prompt_remaining_tokens=tuple(state.prompts.remaining[: s.n_prompts].tolist()),
+            prompt_context_tokens=tuple(state.prompts.context[: s.n_prompts].tolist()),
         )
 
     def _completions(self, n_done: int) -> tuple[Completion, ...]:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.batching import Limits, Plan, RequestArrays, empty_plan
+from engine.protocol import MOST_PROMPTS
 from envs.trace import Workload
 
 FloatArray = NDArray[np.float64]
@@ -44,6 +45,7 @@ class Scalars(NamedTuple):
     n_gaps: int  # ... and their tokens that were not the first of their request
     n_firsts: int
     n_finished: int
+    n_prompts: int  # in `Prompts`
     rows: int  # the batch formed last
     decodes: int
     decode_context: int
@@ -105,6 +107,13 @@ class Report(NamedTuple):
     finished_slots: IntArray
 
 
+class Prompts(NamedTuple):
+    """The first prompts to compute, as telemetry tells them (`QueueState`): int64 [MOST_PROMPTS]."""
+
+    remaining: IntArray
+    context: IntArray
+
+
 class State(NamedTuple):
     """Everything that changes."""
 
@@ -120,6 +129,7 @@ class State(NamedTuple):
     stage_bubble_s: FloatArray
     token_times_s: FloatArray  # of all output tokens, request after request
     report: Report
+    prompts: Prompts
     log: FloatArray  # [LOG_ROWS, LOG_COLUMNS]
 
 
@@ -171,6 +181,7 @@ def initial_state(workload: Workload, limits: Limits, kv_blocks: int, seed: int)
             first_slots=_ints(tokens),
             finished_slots=_ints(tokens),
         ),
+        prompts=Prompts(_ints(MOST_PROMPTS), _ints(MOST_PROMPTS)),
         log=np.zeros((LOG_ROWS, len(LOG_COLUMNS))),
     )
 

@@ -6,6 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from engine.protocol import VERSION
+
 Message = dict[str, Any]
 """A `Telemetry` message as plain dictionaries."""
 
@@ -42,7 +44,8 @@ SCHEMA = pa.schema(
 """Columns of a table of iterations, one row per completed iteration in order of time.
 
 `time_s` is the completion's, `interval_s` lies between two completions (null after idling); the batch's composition
-and the queue are those of the launch, as the wire tells them (`BatchComposition`, `QueueState`).
+and the queue are those of the launch, as the wire tells them (`BatchComposition`, `QueueState`; of the prompts to
+compute only the first, the head).
 """
 
 
@@ -79,6 +82,8 @@ class IterationRows:
         end_ns, previous = completion["completed_ns"], self._previous.get(launch["engine_id"])
         follows = previous is not None and previous["iteration"] + 1 == completion["iteration"]
         self._start_ns = end_ns if self._start_ns is None else self._start_ns
+        queue = dict(launch["queue"])
+        remaining, context = queue.pop("prompt_remaining_tokens"), queue.pop("prompt_context_tokens")
         return {
             "engine_id": launch["engine_id"],
             "iteration": completion["iteration"],
@@ -86,7 +91,9 @@ class IterationRows:
             "interval_s": (end_ns - previous["completed_ns"]) * 1e-9 if follows and previous else None,
             "device_s": completion["device_s"],
             **launch["batch"],
-            **launch["queue"],
+            **queue,
+            "head_remaining_tokens": remaining[0] if remaining else 0,
+            "head_context_tokens": context[0] if context else 0,
             "budget_tokens": launch["knobs"]["budget_tokens"],
             "chunk_tokens": launch["knobs"]["chunk_tokens"],
             "source": launch["knobs"]["source"],
@@ -97,7 +104,10 @@ class IterationRows:
 
 
 def read_iterations(journal: Path) -> pa.Table:
-    """The table (`SCHEMA`) of a journal. Raises ValueError if the folder holds no completed iteration."""
+    """The table (`SCHEMA`) of a journal.
+
+    Raises ValueError if the folder holds no completed iteration, or telemetry of another version of the protocol.
+    """
     parts = sorted(journal.glob("part-*.parquet"))
     if not parts:
         raise ValueError(f"{journal} holds no journal: give the folder that --journal named")
@@ -111,4 +121,9 @@ def read_iterations(journal: Path) -> pa.Table:
 
 def _rows_of(part: Path, joined: IterationRows) -> list[dict[str, Any]]:
     messages = pq.read_table(part, columns=["telemetry"])["telemetry"].to_pylist()
+    for version in {message["version"] for message in messages} - {VERSION}:
+        raise ValueError(
+            f"{part} holds telemetry of protocol version {version}, this Pacer reads {VERSION}: read it with the "
+            "version of Pacer that kept it"
+        )
     return [row for message in messages for row in joined.add(message)]

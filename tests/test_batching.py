@@ -193,7 +193,66 @@ def test_a_chunk_below_the_budget_lets_a_short_prompt_past_a_long_one() -> None:
     whole = drive.step(32, 32)
     assert [r.id for r in whole.requests] == ["long"]
     shared = drive.step(32, 16)
-    assert [r.id for r in shared.requests] == ["long", "short"]
+    assert [(r.id, n) for r, n in zip(shared.requests, shared.n_tokens, strict=True)] == [("long", 16), ("short", 10)]
+
+
+def test_of_the_prompts_under_way_the_least_remaining_is_served_first_and_of_equals_the_oldest() -> None:
+    drive = Drive(Scheduler(make_config()))
+    for name, length in (("long", 90), ("equal", 30), ("short", 20), ("same", 30)):
+        submit(drive.scheduler, name, [1] * length, 5)
+    drive.step(64, 8)
+    submit(drive.scheduler, "new", [1] * 2, 5)
+    second = drive.step(64, 8)
+    assert [r.id for r in second.requests] == ["short", "equal", "same", "long", "new"]
+    third = drive.step(24, 16)
+    rows = [(r.id, n) for r, n in zip(third.requests, third.n_tokens.tolist(), strict=True)]
+    assert third.n_decodes == 1
+    assert rows == [("new", 1), ("short", 4), ("equal", 14), ("same", 5)], "decodes before them all; none for the long"
+
+
+@settings(max_examples=60, deadline=None)
+@given(mix=request_mixes(), data=st.data())
+def test_prompts_under_way_are_served_in_order_before_anyone_is_admitted(
+    mix: list[tuple[list[int], int]], data: st.DataObject
+) -> None:
+    scheduler = Scheduler(make_config(kv_blocks=240))
+    drive = Drive(scheduler)
+    for index, (prompt, max_tokens) in enumerate(mix):
+        submit(scheduler, str(index), prompt, max_tokens)
+    while scheduler.has_work:
+        budget, chunk = (
+            data.draw(st.integers(8, MAX_BUDGET)) // TILE * TILE,
+            data.draw(st.sampled_from([1, 5, 8, 16, 32])),
+        )
+        arrays, running = scheduler._arrays, list(scheduler.running)
+        left = [(int(arrays.prefill_end[r.slot] - arrays.context[r.slot]), r.id) for r in running]
+        under_way = sorted((pair for pair in left if pair[0] > 0), key=lambda pair: pair[0])
+        tokens = budget - sum(n <= 0 for n, _ in left)
+        expected = []
+        for remaining, name in under_way:
+            n = min(remaining, chunk, tokens)
+            expected += [(name, n)] * (n > 0)
+            tokens -= max(n, 0)
+        batch = drive.step(budget, chunk)
+        rows = [(r.id, n) for r, n in zip(batch.requests, batch.n_tokens.tolist(), strict=True)]
+        served = rows[batch.n_decodes :][: len(expected)]
+        assert served == expected
+        assert {name for name, _ in rows[batch.n_decodes + len(expected) :]}.isdisjoint(r.id for r in running)
+
+
+@settings(max_examples=60, deadline=None)
+@given(mix=request_mixes(), data=st.data())
+def test_while_the_chunk_is_the_budget_no_two_prompts_are_under_way_so_that_their_order_means_nothing(
+    mix: list[tuple[list[int], int]], data: st.DataObject
+) -> None:
+    drive = Drive(Scheduler(make_config(kv_blocks=data.draw(st.integers(20, 80)))))
+    for index, (prompt, max_tokens) in enumerate(mix):
+        submit(drive.scheduler, str(index), prompt, max_tokens)
+    while drive.scheduler.has_work:
+        budget = data.draw(KNOB)
+        drive.step(budget, budget)
+        arrays = drive.scheduler._arrays
+        assert sum(arrays.context[r.slot] < arrays.prefill_end[r.slot] for r in drive.scheduler.running) <= 1
 
 
 def test_preemption_takes_the_youngest_and_nothing_is_admitted_with_it() -> None:

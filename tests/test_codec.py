@@ -97,7 +97,7 @@ def test_what_stands_just_at_its_promise_is_0() -> None:
     codec = Codec(SLO)
     gaps = (0.05,) * 98 + (0.04,) * 2
     done = (completion(1, gaps, ttft_s=(1.0, 0.5)),)
-    queue = QueueState(waiting_requests=3, waiting_prompt_tokens=256, oldest_wait_s=1.0, head_remaining_tokens=256)
+    queue = QueueState(waiting_requests=3, waiting_prompt_tokens=256, oldest_wait_s=1.0, prompt_remaining_tokens=(256,))
     seen = named(codec.observe(message(2, queue=queue, completed=done)))
     for name in ("gap_last", "gap_short", "gap_long", "ttft", "oldest_wait", "waiting", "head_remaining"):
         assert seen[name] == pytest.approx(0.0, abs=1e-6), name
@@ -118,7 +118,7 @@ def test_ratios_beyond_the_promise_are_told_apart() -> None:
 
 def test_predictions_are_the_step_time_models() -> None:
     batch = BatchComposition(10, 5000, 1, 200, (200,), (300,), 200 * 400.0)
-    queue = QueueState(running_requests=11, head_remaining_tokens=600, head_context_tokens=300)
+    queue = QueueState(running_requests=11, prompt_remaining_tokens=(600,), prompt_context_tokens=(300,))
     seen = named(Codec(SLO, MODEL).observe(message(1, batch, queue)))
     alone_s, whole_s = MODEL.mean_s(10, 5000, 0, 0, 0), MODEL.mean_s(10, 5000, 1, 200, 200 * 400.0)
     full_s = MODEL.mean_s(10, 5000, 1, 246, 246 * (300 + 123))
@@ -185,7 +185,7 @@ def test_an_observation_is_bounded_whatever_the_message_says(data: st.DataObject
         floats = data.draw(st.lists(ANY_FLOAT, min_size=4, max_size=4))
         counts = data.draw(st.lists(COUNT, min_size=10, max_size=10))
         batch = BatchComposition(*counts[:4], prefill_attention_tokens2=abs(floats[0]))
-        queue = QueueState(*counts[4:7], floats[1], *counts[7:9])
+        queue = QueueState(counts[4], counts[5], counts[6], floats[1], (counts[7],), (counts[8],))
         done = completion(iteration - 1, (floats[2],), (floats[3],), floats[1])
         telemetry = message(iteration, batch, queue, (done,), (16, 2048), floats[0], counts[9])
         observation = codec.observe(telemetry)

@@ -1,12 +1,13 @@
 """The main loop: what an iteration reports, which knobs it obeys, what happens without any."""
 
 import msgspec
+import numpy as np
 import pytest
 from plant import Loop, VirtualClock
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.protocol import VERSION, Finished, Knobs
+from engine.protocol import MOST_PROMPTS, VERSION, Finished, Knobs
 from engine.request import Batch, SamplingParams, Submit
 from engine.scheduler import Scheduler
 
@@ -113,8 +114,52 @@ def test_the_queue_is_reported() -> None:
     assert telemetry.queue.running_requests == 1
     assert telemetry.queue.waiting_requests == 1
     assert telemetry.queue.waiting_prompt_tokens == 70
-    assert telemetry.queue.head_remaining_tokens == 100
+    assert telemetry.queue.prompt_remaining_tokens == (100, 70)
+    assert telemetry.queue.prompt_context_tokens == (0, 0)
     assert telemetry.kv_usage == pytest.approx(7 / 4096)
+    queue = loop.step().queue
+    assert (queue.prompt_remaining_tokens, queue.prompt_context_tokens) == ((36, 70), (64, 0))
+
+
+def test_the_first_prompts_are_told_as_they_stood_before_each_batch_in_the_order_in_which_it_serves_them() -> None:
+    loop = Loop(None, config=EngineConfig(budget_tokens=160, chunk_tokens=48, max_requests=12))
+    scheduler, random = loop.core.scheduler, np.random.default_rng(0)
+    most_told = most_served = 0
+    for i in range(400):
+        for _ in range(random.poisson(1.0)):
+            loop.submit(f"{i} {len(scheduler._by_id)}", int(random.integers(1, 400)), int(random.integers(1, 9)))
+        arrays = scheduler._arrays
+        left = [(int(arrays.prefill_end[r.slot] - arrays.context[r.slot]), r) for r in scheduler.running]
+        begun = [(tokens, int(arrays.context[r.slot])) for tokens, r in left if tokens > 0]
+        due = [*sorted(begun, key=lambda prompt: prompt[0]), *((r.n_prompt, 0) for r in scheduler.waiting)]
+        told = loop.step()
+        queue, chunks = told.queue, told.batch.prefill_chunk_tokens
+        pairs = list(zip(queue.prompt_remaining_tokens, queue.prompt_context_tokens, strict=True))
+        assert pairs == due[:MOST_PROMPTS]
+        assert told.batch.prefill_context_tokens == queue.prompt_context_tokens[: len(chunks)]
+        assert all(chunk <= tokens for chunk, tokens in zip(chunks, queue.prompt_remaining_tokens, strict=False))
+        most_told, most_served = max(most_told, len(due)), max(most_served, len(chunks))
+    assert most_told > MOST_PROMPTS
+    assert most_served > 2
+
+
+def test_a_batch_of_more_prompts_than_are_told_of_tells_the_first() -> None:
+    loop = Loop(None, config=EngineConfig(budget_tokens=512, chunk_tokens=512))
+    for i in range(MOST_PROMPTS + 9):
+        loop.submit(str(i), 10 + i, 2)
+    told = loop.step()
+    assert told.batch.prefill_requests == 24  # the first 23 are 483 tokens together
+    assert told.queue.prompt_remaining_tokens == tuple(range(10, 10 + MOST_PROMPTS))
+
+
+def test_of_a_waiting_prompt_its_share_in_the_prefix_cache_is_told() -> None:
+    loop = Loop(None, config=EngineConfig(budget_tokens=256, chunk_tokens=256, max_requests=1, prefix_caching=True))
+    loop.submit("a", 100, 5)  # the same token all over: "b" shares its first six blocks of 16
+    loop.step()
+    loop.submit("b", 110, 3)
+    queue = loop.step().queue
+    assert queue.waiting_requests == 1
+    assert (queue.prompt_remaining_tokens, queue.prompt_context_tokens) == ((14,), (96,))
 
 
 def test_knobs_are_in_force_in_the_next_iteration_and_echoed() -> None:

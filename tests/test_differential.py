@@ -16,7 +16,7 @@ from engine.batching import SCHEDULES
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.link import MemoryLink
-from engine.protocol import VERSION, Completion, Knobs, Telemetry
+from engine.protocol import MOST_PROMPTS, VERSION, Completion, Knobs, Telemetry
 from engine.request import Batch, SamplingParams, StepResult, Submit
 from engine.scheduler import Scheduler
 from envs.simulator import Plant, Simulation
@@ -166,7 +166,7 @@ def differences(live: object, simulated: object, path: str = "") -> list[str]:
 @pytest.mark.parametrize("depth", DEPTHS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_simulator_and_live_engine_form_the_same_batches(schedule: str, depth: str) -> None:
-    preemptions = iterations = most_in_flight = 0
+    preemptions = iterations = most_in_flight = most_prompts = 0
     for seed in range(SEEDS):
         config, workload = random_case(schedule, depth, seed)
         pair = Pair(config, workload)
@@ -181,6 +181,7 @@ def test_simulator_and_live_engine_form_the_same_batches(schedule: str, depth: s
             found = differences(msgspec.to_builtins(live), msgspec.to_builtins(simulated))
             assert not found, f"seed {seed}, iteration {simulated.iteration}"
             iterations += 1
+            most_prompts = max(most_prompts, len(live.queue.prompt_remaining_tokens))
             most_in_flight = max(most_in_flight, int(pair.simulation.state.scalars[0]["in_flight"]))
         pair.scheduler.check()
         assert not pair.scheduler.has_work
@@ -188,6 +189,7 @@ def test_simulator_and_live_engine_form_the_same_batches(schedule: str, depth: s
         preemptions += simulated.preemptions
     assert iterations > 500
     assert most_in_flight == config.depth
+    assert most_prompts == MOST_PROMPTS, "no queue was longer than telemetry tells: the comparison proves too little"
     if schedule != "request-level":
         assert preemptions > 0, "no case was short of KV blocks: the comparison proves too little"
 

@@ -26,7 +26,6 @@ from policies.guard import Guard
 from policies.peers import TrtllmTuner
 from policies.peers_timed import SglangDynamicChunk
 from policies.policy import Decision
-from policies.qoserve import Deadlines
 
 PER_TOKEN_S, PER_PAIR_S = 1e-4, 2e-8
 STEP_TIME = StepTimeModel.from_formula((5e-3, PER_TOKEN_S, 0.0), (5e-3, PER_TOKEN_S, 0.0, 0.0, 0.0))
@@ -93,17 +92,17 @@ DECODES = BatchComposition(decode_tokens=10, decode_context_tokens=10_000)
 )
 def test_ppas_caps_prompts_under_pressure_only(decodes: int, running: int, waiting: int, budget: int) -> None:
     batch = BatchComposition(decode_tokens=decodes, decode_context_tokens=1000 * decodes)
-    queue = QueueState(running, waiting, 1000 * waiting, 0.0, 1000 if running > decodes or waiting else 0, 0)
+    prompts = (1000,) * (running - decodes + waiting)
+    queue = QueueState(running, waiting, 1000 * waiting, 0.0, prompts, (0,) * len(prompts))
     assert decide("ppas", telemetry(batch, queue)).budget_tokens == budget
 
 
 def test_ppas_does_not_count_a_prompt_that_ends_before_the_answer_acts() -> None:
     batch = BatchComposition(10, 10_000, 1, 300, (300,), (0,), 45_000.0)
-    queue = QueueState(11, 1, 1000, 0.0, 300, 0)
+    queue = QueueState(11, 1, 1000, 0.0, (300, 1000), (0, 0))
     assert decide("ppas", telemetry(batch, queue)).reason == "ppas no pressure"
-    assert (
-        decide("ppas", telemetry(batch, msgspec.structs.replace(queue, head_remaining_tokens=301))).chunk_tokens == 2048
-    )
+    longer = msgspec.structs.replace(queue, prompt_remaining_tokens=(301, 1000))
+    assert decide("ppas", telemetry(batch, longer)).chunk_tokens == 2048
 
 
 # TensorRT-LLM: the values of its dynamicBatchTunerTest.cpp
@@ -163,14 +162,15 @@ def test_trtllm_goes_by_the_lengths_of_the_last_requests_and_the_kv_cache() -> N
 def test_gllm_throttles_by_kv_and_by_prompts_due(
     kv_usage: float, waiting: int, waiting_tokens: int, tokens: int
 ) -> None:
-    queue = QueueState(11, waiting, waiting_tokens, 0.0, 1500, 0)
+    waiting_each = (waiting_tokens // waiting,) * waiting if waiting else ()
+    queue = QueueState(11, waiting, waiting_tokens, 0.0, (1500, *waiting_each), (0,) * (1 + waiting))
     decision = decide("gllm", telemetry(DECODES, queue, kv_usage=kv_usage))
     assert decision.budget_tokens == tokens + 10
 
 
 def test_gllm_keeps_to_the_free_tokens_above_its_threshold() -> None:
     """A cache of 2,000 tokens with 0.45 of it free above the threshold: 900 tokens."""
-    queue = QueueState(2, 0, 0, 0.0, 9000, 0)
+    queue = QueueState(2, 0, 0, 0.0, (9000,), (0,))
     decision = decide("gllm:maxp=100000", telemetry(DECODES, queue, kv_usage=0.5, kv_tokens=2000))
     assert decision.chunk_tokens == 900
 
@@ -180,13 +180,15 @@ def test_gllm_keeps_to_the_free_tokens_above_its_threshold() -> None:
 
 @pytest.mark.parametrize(("done", "size"), [(0, 2048), (2047, 2048), (2048, 1536), (6144, 512), (99_999, 512)])
 def test_sarathi_dynamic_shrinks_with_the_prompt(done: int, size: int) -> None:
-    assert decide("sarathi-dynamic", telemetry(DECODES, QueueState(11, 0, 0, 0.0, 500, done))).budget_tokens == size
+    assert (
+        decide("sarathi-dynamic", telemetry(DECODES, QueueState(11, 0, 0, 0.0, (500,), (done,)))).budget_tokens == size
+    )
 
 
 def test_sarathi_dynamic_rounds_its_sizes_to_32() -> None:
     def size(done: int) -> int:
         spec = "sarathi-dynamic:low=128,high=1000,max_tokens=3000,stages=3"
-        return decide(spec, telemetry(DECODES, QueueState(11, 0, 0, 0.0, 9000, done))).budget_tokens
+        return decide(spec, telemetry(DECODES, QueueState(11, 0, 0, 0.0, (9000,), (done,)))).budget_tokens
 
     assert [size(done) for done in (0, 1000, 2000)] == [992, 576, 128]
 
@@ -229,7 +231,7 @@ def test_sglang_stays_static_where_time_is_no_quadratic_and_ignores_decodes() ->
     few, many = (
         decide(
             "sglang",
-            telemetry(batch, QueueState(batch.decode_tokens + 1, 0, 0, 0.0, 50_000, 20_000)),
+            telemetry(batch, QueueState(batch.decode_tokens + 1, 0, 0, 0.0, (50_000,), (20_000,))),
             step_time=QUADRATIC,
         )
         for batch in (DECODES, crowd)
@@ -249,7 +251,7 @@ def test_ascend_looks_its_budget_up_with_both_keys_rounded_up() -> None:
 
 
 def test_ascend_falls_to_its_largest_budget_without_decodes_or_entry() -> None:
-    assert decide("ascend", telemetry(queue=QueueState(0, 3, 900, 0.0, 300, 0))).budget_tokens == 8192
+    assert decide("ascend", telemetry(queue=QueueState(0, 3, 900, 0.0, (300,) * 3, (0,) * 3))).budget_tokens == 8192
     slow = StepTimeModel.from_formula((0.2, 0.0, 0.0), (0.2, 0.0, 0.0, 0.0, 0.0))
     assert decide("ascend", telemetry(DECODES, QueueState(10)), step_time=slow).budget_tokens == 8192
 
@@ -301,50 +303,8 @@ def test_qoserve_low_memory_and_parameters() -> None:
 
 
 def test_qoserve_without_decodes_takes_its_largest_total_and_newly_come_assumes_no_slack() -> None:
-    assert decide("qoserve", telemetry(queue=QueueState(0, 1, 900, 0.0, 900, 0))).budget_tokens == 2552
+    assert decide("qoserve", telemetry(queue=QueueState(0, 1, 900, 0.0, (900,), (0,)))).budget_tokens == 2552
     assert decide("qoserve", telemetry(DECODES, QueueState(10))).reason == "qoserve: slack 100 ms"
-
-
-def test_deadlines_accumulate_slack_from_a_late_or_an_early_first_token() -> None:
-    deadlines = Deadlines(ttft_slo_s=6.0, tbt_slo_s=0.1)
-    deadlines.update(telemetry(completed=(completion(10 * SECOND_NS, ttft={1: 2.0}),)))
-    assert deadlines.earliest_s(1) == pytest.approx(8 + 6 + 0.2), "arrival at 8 s"
-    deadlines.update(telemetry(completed=(completion(11 * SECOND_NS, tbt={1: 1.0}, ttft={2: 8.0}),)))
-    assert deadlines.earliest_s(1) == pytest.approx(11 + 0.2), "slot 2 was late; slot 1 is due at 14.3 s"
-    deadlines.update(telemetry(completed=(completion(12 * SECOND_NS, tbt={1: 1.0}),)))
-    assert deadlines.earliest_s(1) == pytest.approx(14.4), "slot 2 got nothing: it is not running"
-    assert deadlines.earliest_s(2) == pytest.approx(11.2)
-    last = completion(13 * SECOND_NS, tbt={1: 1.0, 2: 2.0}, finished=(Finished(1, 0, 9, 9),))
-    deadlines.update(telemetry(completed=(last,)))
-    assert deadlines.earliest_s(1) == pytest.approx(11.3), "preempted and back: its deadlines went on"
-
-
-def test_deadlines_are_those_of_the_batch_that_runs() -> None:
-    """Against token times kept one by one, through preemptions: the decodes of batch N are known when it ends."""
-    loop = Loop(None, 0.1, EngineConfig(budget_tokens=256, chunk_tokens=256, kv_blocks=300))
-    loop.run_saturated(30)
-    deadlines = Deadlines(0.5, 0.1)
-    base_s: dict[int, float] = {}
-    outputs: dict[int, int] = {}
-    checked = 0
-    published = loop.link.published
-    for before, message, after in zip(published, published[1:], published[2:], strict=False):
-        deadlines.update(message)
-        for done in message.completed:
-            for slot in done.tbt_slots:
-                outputs[slot] += 1
-            for slot, ttft_s in zip(done.ttft_slots, done.ttft_s, strict=True):
-                base_s[slot] = done.completed_ns * 1e-9 - ttft_s + max(ttft_s, 0.5)
-                outputs[slot] = 1
-        if message.batch.prefill_tokens or before.preemptions != message.preemptions or not after.completed:
-            continue  # in a batch of decodes alone, those who get a token are those who decode
-        running = after.completed[0].tbt_slots
-        assert len(running) == message.batch.decode_tokens
-        expected = min(base_s[slot] + (outputs[slot] + 1) * 0.1 for slot in running)
-        assert deadlines.earliest_s(1) == pytest.approx(expected, abs=1e-5)
-        checked += 1
-    assert loop.core.scheduler.preemptions > 2
-    assert checked > 20
 
 
 # All laws
@@ -403,7 +363,9 @@ def completions(draw: st.DrawFn) -> Completion:
 @st.composite
 def messages(draw: st.DrawFn) -> Telemetry:
     """Any telemetry that the wire lets through, but for its times; engines are not trusted to make sense."""
-    queue = QueueState(draw(counts), draw(counts), draw(tokens), draw(seconds), draw(tokens), draw(tokens))
+    prompts = draw(st.lists(st.tuples(tokens, tokens), max_size=20))
+    remaining, context = zip(*prompts, strict=True) if prompts else ((), ())
+    queue = QueueState(draw(counts), draw(counts), draw(tokens), draw(seconds), remaining, context)
     done = tuple(draw(st.lists(completions(), max_size=2)))
     return msgspec.structs.replace(
         telemetry(draw(batches()), queue, done, draw(st.floats(0, 1))),

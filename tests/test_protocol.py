@@ -65,7 +65,7 @@ def full_telemetry() -> Telemetry:
         knobs=InForce(256, 128, 1, 6, "controller"),
         bounds=BOUNDS,
         batch=BatchComposition(2, 300, 1, 64, (64,), (32,), 64 * (32 + 32.0), 0),
-        queue=QueueState(3, 1, 500, 0.25, 100, 96),
+        queue=QueueState(3, 1, 500, 0.25, (100, 500), (96, 0)),
         kv_usage=0.5,
         preemptions=2,
         rejected_knobs=3,
@@ -84,6 +84,12 @@ def full_telemetry() -> Telemetry:
             ),
         ),
     )
+
+
+def test_the_head_is_the_first_prompt_to_compute_or_nothing() -> None:
+    queue = full_telemetry().queue
+    assert (queue.head_remaining_tokens, queue.head_context_tokens) == (100, 96)
+    assert (QueueState().head_remaining_tokens, QueueState().head_context_tokens) == (0, 0)
 
 
 def test_messages_come_back_as_they_went() -> None:
