@@ -1,6 +1,6 @@
 """What a simulated run gave: every request's times, exactly, and the statistics that are asked of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,6 +76,32 @@ class Outcome:
         gaps = self.tbt_s
         return float(np.mean(gaps <= tbt_slo_s)) if len(gaps) else 1.0
 
+    def late(self, slo: Slo) -> BoolArray:
+        """Which tokens came past their deadline, in the order of `token_times_s`. ValueError without a deadline."""
+        n = self.workload.output_tokens
+        k = np.arange(len(self.token_times_s)) - np.repeat(self.first_token_row, n)
+        since_arrival_s = self.token_times_s - np.repeat(self.workload.arrival_s, n)
+        late: BoolArray = slo.late(k, since_arrival_s, np.repeat(self.ttft_s, n))
+        return late
+
+    def late_shares(self, slo: Slo) -> FloatArray:
+        """Of the tokens that each request asked for, the share that came past their deadline."""
+        late = np.add.reduceat(self.late(slo), self.first_token_row, dtype=np.int64)
+        return np.asarray(late / self.workload.output_tokens)
+
+    def tokens_on_time(self, slo: Slo) -> float:
+        """Share of the tokens that came, 0 to 1, that kept their deadline; 1 without any."""
+        return 1.0 - float(self.late(slo).sum()) / max(int(self.produced.sum()), 1)
+
+    def at_best(self, now_s: float) -> "Outcome":
+        """The best that this run, cut off at `now_s`, could still become: all that has not happened happens now."""
+        return replace(
+            self,
+            first_scheduled_s=np.where(np.isnan(self.first_scheduled_s), now_s, self.first_scheduled_s),
+            produced=self.workload.output_tokens,
+            token_times_s=np.where(np.isnan(self.token_times_s), now_s, self.token_times_s),
+        )
+
     def met(self, slo: Slo) -> BoolArray:
         """Which requests kept the SLO, as `Slo.met` judges each; one that did not finish has missed it."""
         n_gaps = self.workload.output_tokens - 1
@@ -86,6 +112,8 @@ class Outcome:
         for bound_s, values_s in ((slo.ttft_s, self.ttft_s), (slo.tpot_s, self.tpot_s), (slo.e2el_s, self.e2el_s)):
             if bound_s is not None:
                 kept &= ~(values_s > bound_s)
+        if slo.deadline_s is not None:
+            kept &= self.late_shares(slo) <= slo.late_share
         for i in np.flatnonzero(kept & (late > 0)):  # late ones, but perhaps few enough
             first = self.first_token_row[i]
             gaps_s = np.diff(self.token_times_s[first : first + n_gaps[i] + 1])

@@ -73,7 +73,7 @@ def begin(source: Source, rng: Generator) -> tuple[Scenario, Simulation, Promise
     """A new episode. Raises ValueError if its SLO is not one that `envs.reward` knows."""
     scenario = Scenario(*source(rng))
     slo = scenario.slo
-    if slo.tpot_s is not None or slo.e2el_s is not None:
+    if (slo.tpot_s, slo.deadline_s, slo.e2el_s) != (None, None, None):
         raise ValueError(f"SLO {str(slo)!r}: the reward knows tbt, ttft and quantile; leave out the rest")
     return scenario, Simulation(scenario.plant, scenario.workload, int(rng.integers(2**31))), Promise.of(slo)
 

@@ -83,6 +83,13 @@ class Workload:
         arrival_s = (self.arrival_s - self.arrival_s[0]) / factor
         return self._with(arrival_s, self.prompt_tokens, self.output_tokens)
 
+    def at_rate(self, rate: float) -> "Workload":
+        """The same requests, their arrivals stretched so that their mean rate is `rate` per second."""
+        span_s = float(self.arrival_s[-1] - self.arrival_s[0])
+        if span_s == 0:
+            raise ValueError(f"{len(self)} requests at one moment have no rate: take a workload with arrivals apart")
+        return self.at_scale(rate * span_s / (len(self) - 1))
+
     def _with(self, arrival_s: FloatArray, prompt_tokens: IntArray, output_tokens: IntArray) -> "Workload":
         return replace(self, arrival_s=arrival_s, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
 

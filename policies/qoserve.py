@@ -1,13 +1,12 @@
 """QoServe: spend the slack that requests have against their own deadlines."""
 
 import math
-from collections import deque
-from itertools import chain, repeat
 from typing import TYPE_CHECKING, ClassVar
 
-from engine.protocol import Completion, Telemetry
+from engine.protocol import Telemetry
 from policies.outlook import Outlook, foresee
 from policies.policy import Decision
+from policies.slack import Slacks
 
 if TYPE_CHECKING:
     from envs.step_time import StepTimeModel
@@ -23,8 +22,9 @@ class QoServe:
         T     = the largest of {128, 256, 512, ..., 2048, 2552} with margin * predicted time <= slack
         T     = 128 if slack <= 0;  at most 512 while free KV tokens / 32 < 1000
 
-    Slack accumulates over a request, so this keeps promises of the `deadline` kind, not every single gap. `largest`
-    ends the row of totals early, or carries it on in steps of 256.
+    Slack accumulates over a request, so this keeps promises of the `deadline` kind, not every single gap. A token is
+    due one gap later than `Slacks` and the promise have it: their count of tokens has the first in it. `largest` ends
+    the row of totals early, or carries it on in steps of 256.
 
     The predictor is our step-time model: theirs are two linear regressions in the source, for Llama-3-8B on an A100,
     and they train it anew for each model and machine. Not theirs: they choose when the batch is formed, so time and
@@ -53,10 +53,10 @@ class QoServe:
         self._margin = margin
         further = range(self.TOTALS[-1] + 256, largest + 1, 256)
         self._totals = [total for total in (*self.TOTALS, *further) if total <= largest]
-        self._deadlines = Deadlines(ttft_slo_s, tbt_slo_s)
+        self._slacks = Slacks("deadline", tbt_slo_s, ttft_slo_s)
 
     def decide(self, telemetry: Telemetry) -> Decision:
-        self._deadlines.update(telemetry)
+        self._slacks.update(telemetry)
         outlook = foresee(telemetry)
         slack_s = self._slack_s(telemetry) if outlook.decodes > 0 else None
         free_tokens = (1.0 - telemetry.kv_usage) * telemetry.bounds.kv_tokens
@@ -79,9 +79,9 @@ class QoServe:
 
     def _slack_s(self, telemetry: Telemetry) -> float | None:
         """The least slack when the batch we decide on is formed; None before any deadline of its decodes is known."""
-        due_s = self._deadlines.earliest_s(telemetry.dead_time_iterations)
-        batch = telemetry.batch
-        if math.isinf(due_s):  # they have just begun, or we have
+        batch, steps = telemetry.batch, telemetry.dead_time_iterations
+        least_s = self._slacks.least_s(telemetry.scheduled_ns, steps)
+        if math.isinf(least_s):  # they have just begun, or we have
             return self._tbt_slo_s if batch.decode_tokens > 0 else None
         step_s = self._step_time.mean_s(
             batch.decode_tokens,
@@ -90,48 +90,10 @@ class QoServe:
             batch.prefill_tokens,
             batch.prefill_attention_tokens2,
         )
-        slack_s = due_s - telemetry.scheduled_ns * 1e-9
-        return slack_s + telemetry.dead_time_iterations * (self._tbt_slo_s - step_s)
+        return least_s + self._tbt_slo_s + steps * (self._tbt_slo_s - step_s)
 
     def _predict_s(self, total: int, outlook: Outlook) -> float:
         """As theirs, all prompt tokens are taken to be at the context of the first prompt."""
         tokens = max(total - outlook.decodes, 0)
         attention = tokens * (outlook.head_context_tokens + 0.5 * tokens)
         return self._step_time.mean_s(outlook.decodes, outlook.decode_context_tokens, min(tokens, 1), tokens, attention)
-
-
-class Deadlines:
-    """When each request's next token is due, from telemetry alone; all times in seconds of the engine's clock.
-
-    With n tokens out, the next is due at arrival + max(TTFT, TTFT SLO) + (n + 1) TBT SLO: the count has the first token
-    in it, as theirs. A request whose first token came before telemetry was heard starts without slack.
-    """
-
-    def __init__(self, ttft_slo_s: float, tbt_slo_s: float) -> None:
-        self._ttft_slo_s = ttft_slo_s
-        self._tbt_slo_s = tbt_slo_s
-        self._due_s: dict[int, float] = {}  # of each slot
-        self._served: deque[tuple[int, ...]] = deque(maxlen=64)  # slots of the last completions that gave tokens
-
-    def update(self, telemetry: Telemetry) -> None:
-        for completion in telemetry.completed:
-            self._book(completion)
-
-    def earliest_s(self, completions: int) -> float:
-        """The earliest of those who got a token in the last `completions`; infinite without any.
-
-        The others do not decode: they were preempted, or given up by their clients.
-        """
-        recent = chain.from_iterable(list(self._served)[-completions:])
-        return min(map(self._due_s.get, recent, repeat(math.inf)), default=math.inf)
-
-    def _book(self, completion: Completion) -> None:
-        due_s, tbt_slo_s, now_s = self._due_s, self._tbt_slo_s, completion.completed_ns * 1e-9
-        dues_s = [due + tbt_slo_s for due in map(due_s.get, completion.tbt_slots, repeat(now_s))]
-        due_s.update(zip(completion.tbt_slots, dues_s, strict=True))
-        for slot, ttft_s in zip(completion.ttft_slots, completion.ttft_s, strict=False):
-            due_s[slot] = now_s + max(self._ttft_slo_s - ttft_s, 0.0) + 2.0 * tbt_slo_s
-        for finished in completion.finished:
-            due_s.pop(finished.slot, None)
-        if completion.tbt_slots or completion.ttft_slots:
-            self._served.append(completion.tbt_slots + completion.ttft_slots)

@@ -55,8 +55,8 @@ def summarise(result: LoadResult, slo: Slo | None = None) -> dict[str, Any]:
     Beside them: model_id, num_prompts (planned), interrupted, unfinished, rejected_requests (too long, left out of the
     workload), statuses, client_lateness (of sending after the arrival time; a large one means an overloaded client).
     With an SLO: slo, slo_attainment (share of the requests sent that met it: one that failed or did not finish is a
-    miss) and, if it bounds TBT, share_of_tokens_in_slo (of the gaps between all tokens received, unfinished requests
-    too). Raises ValueError if the replay has no duration.
+    miss) and, of all tokens received, unfinished requests too: if it bounds TBT, share_of_tokens_in_slo (of the gaps
+    between them); if it has a deadline, share_of_tokens_on_time. Raises ValueError if the replay has no duration.
     """
     if not result.duration_s > 0:
         raise ValueError(f"the replay lasted {result.duration_s} s: there is nothing to report")
@@ -85,6 +85,8 @@ def format_console(summary: dict[str, Any]) -> str:
         lines.append(_line("Requests within SLO (%):", _percent(summary["slo_attainment"])))
     if "share_of_tokens_in_slo" in summary:
         lines.append(_line("Tokens within TBT SLO (%):", _percent(summary["share_of_tokens_in_slo"])))
+    if "share_of_tokens_on_time" in summary:
+        lines.append(_line("Tokens on time (%):", _percent(summary["share_of_tokens_on_time"])))
     for error, count in Counter(error for error in summary["errors"] if error).most_common(_ERRORS_SHOWN):
         lines.append(f"{count} failed: {error}")
     if summary["interrupted"]:
@@ -153,7 +155,16 @@ def _slo_keys(result: LoadResult, completed: list[RequestRecord], slo: Slo | Non
     if slo.tbt_s is not None:
         gaps_s = _joined([record.tbt_s for record in result.records])
         keys["share_of_tokens_in_slo"] = slo.share_of_tokens(gaps_s) if gaps_s.size else None
+    if slo.deadline_s is not None:
+        keys["share_of_tokens_on_time"] = _share_on_time(result.records, slo)
     return keys
+
+
+def _share_on_time(records: list[RequestRecord], slo: Slo) -> float | None:
+    begun = [record for record in records if record.token_times_s]
+    tokens = sum(1 + record.tbt_s.size for record in begun)
+    late = sum(slo.late_tokens(record.ttft_s, record.tbt_s) for record in begun)
+    return 1 - late / tokens if tokens else None
 
 
 def _latencies(completed: list[RequestRecord]) -> dict[str, Any]:

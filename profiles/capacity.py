@@ -1,28 +1,28 @@
 """Capacity: the most requests per second that meet the SLO, for any policy, by simulation.
 
 A run meets it if all requests finish, the median scheduling delay is at most `MAX_DELAY_S`, and every bound of the SLO
-holds at its quantile: TBT over all tokens, the others over all requests. The requests of a seed, the order of their
-arrivals and the noise are the same for every policy and rate; a rate only stretches the arrivals in time.
+holds at its quantile: TBT over all tokens, the others over all requests (a deadline: the share of a
+request's tokens that was late, over all requests). The requests of a seed, the order of their arrivals and the noise
+are the same for every policy and rate; a rate only stretches the arrivals in time.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from engine.protocol import Telemetry
 from envs.arrivals import named_number
 from envs.outcome import FloatArray, Outcome
-from envs.simulator import Plant, Simulation
-from envs.slo import Slo, spared
+from envs.simulator import Decide, Plant, Simulation
+from envs.slo import Slo, within
 from envs.trace import Workload
 from envs.workload import require_positive
 from policies.catalogue import parse_law
 from policies.guard import Guard
-from policies.policy import Decision
 
 MAX_DELAY_S = 2.0
 TOLERANCE = 0.02
@@ -87,12 +87,18 @@ class PolicySpec(NamedTuple):
         return replace(plant, config=replace(config, schedule=schedule, max_budget_tokens=most))
 
 
+class Load(Protocol):
+    """The requests of one seed at any rate: a `Workload`, which is stretched in time, or what changes otherwise."""
+
+    def at_rate(self, rate: float) -> Workload: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One policy on the workload of one seed, which arrives at any rate that is asked for."""
+    """One policy on the requests of one seed, which arrive at any rate that is asked for."""
 
     plant: Plant
-    workload: Workload
+    load: Load
     slo: Slo
     seed: int
     policy: str
@@ -111,11 +117,11 @@ class Trial:
 
     def capacity(self, guess: float | None = None, tolerance: float = TOLERANCE) -> float:
         """The largest rate found to meet the SLO, req/s; one larger by `tolerance` misses it. 0 if none meets it."""
-        return largest_rate(self.meets_slo, guess or rough_capacity(self.plant, self.workload), tolerance)
+        return largest_rate(self.meets_slo, guess or rough_capacity(self.plant, self.load.at_rate(1.0)), tolerance)
 
     def _begin(self, rate: float, keep_log: bool) -> Simulation:
         plant = PolicySpec.parse(self.policy).adapt(self.plant)
-        return Simulation(plant, at_rate(self.workload, rate), self.seed, keep_log)
+        return Simulation(plant, self.load.at_rate(rate), self.seed, keep_log)
 
     def _play(self, simulation: Simulation, give_up: Callable[[], bool], until_s: float = np.inf) -> bool:
         """Run until all requests have ended or, asked now and then, `give_up` says so. Returns whether it did."""
@@ -134,27 +140,15 @@ class Trial:
             return _play_compiled(
                 simulation, lambda end_s: simulation.run_static(budget, chunk, end_s), give_up, until_s
             )
-        return _play_law(simulation, guard, give_up, until_s)
+        return play_law(simulation, guard.decide, give_up, until_s)
 
 
 def is_hopeless(outcome: Outcome, slo: Slo, now_s: float) -> bool:
-    """Whether a run cannot meet the SLO any more, whatever is still to come: the late ones alone are too many.
+    """Whether a run, cut off at `now_s`, cannot meet the SLO any more, whatever is still to come.
 
-    Tokens and requests that are late already stay late, and how many there will be in all is known from the start.
+    What came late stays late, and what has not come cannot come before now; all that is judged only grows with it.
     """
-    workload, n = outcome.workload, len(outcome.workload)
-    waited_s = np.where(np.isnan(outcome.first_scheduled_s), now_s, outcome.first_scheduled_s) - workload.arrival_s
-    if 2 * np.count_nonzero(waited_s > MAX_DELAY_S) > n:
-        return True
-    if slo.tbt_s is not None:
-        late = np.count_nonzero(outcome.tbt_s > slo.tbt_s)
-        if late > spared(int((workload.output_tokens - 1).sum()), slo.quantile):
-            return True
-    if slo.ttft_s is None:
-        return False
-    ttft_s = outcome.ttft_s
-    so_far_s = np.where(np.isnan(ttft_s), now_s - workload.arrival_s, ttft_s)
-    return bool(np.count_nonzero(so_far_s > slo.ttft_s) > spared(n, slo.quantile))
+    return not meets(outcome.at_best(now_s), slo)
 
 
 def meets(outcome: Outcome, slo: Slo) -> bool:
@@ -168,10 +162,9 @@ def meets(outcome: Outcome, slo: Slo) -> bool:
         (slo.tpot_s, tpot_s[~np.isnan(tpot_s)]),
         (slo.e2el_s, outcome.e2el_s),
     ]
-    return all(
-        bound_s is None or not values.size or bool(np.quantile(values, slo.quantile) <= bound_s)
-        for bound_s, values in bounds
-    )
+    if slo.deadline_s is not None:
+        bounds.append((slo.late_share, outcome.late_shares(slo)))
+    return all(bound is None or within(values, bound, slo.quantile) for bound, values in bounds)
 
 
 def largest_rate(meets_slo: Callable[[float], bool], guess: float, tolerance: float = TOLERANCE) -> float:
@@ -206,14 +199,6 @@ def largest_rate(meets_slo: Callable[[float], bool], guess: float, tolerance: fl
         middle = (fits + misses) // 2
         fits, misses = (middle, misses) if good(middle) else (fits, middle)
     return math.exp(fits * rung)
-
-
-def at_rate(workload: Workload, rate: float) -> Workload:
-    """The same requests, their arrivals stretched so that their mean rate is `rate` per second."""
-    span_s = float(workload.arrival_s[-1] - workload.arrival_s[0])
-    if span_s == 0:
-        raise ValueError(f"{len(workload)} requests at one moment have no rate: take a workload with arrivals apart")
-    return workload.at_scale(rate * span_s / (len(workload) - 1))
 
 
 def rough_capacity(plant: Plant, workload: Workload) -> float:
@@ -264,18 +249,21 @@ class _GivenUp(Exception):
     pass
 
 
-def _play_law(simulation: Simulation, guard: Guard, give_up: Callable[[], bool], until_s: float) -> bool:
-    """A law's run cannot be cut in parts (answers are under way), so it is left from within."""
+def play_law(simulation: Simulation, law: Decide, give_up: Callable[[], bool], until_s: float = np.inf) -> bool:
+    """Run until all requests have ended or, asked now and then, `give_up` says so. Returns whether it did.
+
+    A law's run cannot be cut in parts (answers are under way), so it is left from within.
+    """
     pause_s = _pause_s(simulation, 16)
     next_s = pause_s
 
-    def decide(telemetry: Telemetry, now_ns: int) -> Decision | None:
+    def decide(telemetry: Telemetry, now_ns: int) -> tuple[int, int, str] | None:
         nonlocal next_s
         if simulation.now_s >= next_s:
             next_s += pause_s
             if give_up():
                 raise _GivenUp
-        return guard.decide(telemetry, now_ns)
+        return law(telemetry, now_ns)
 
     try:
         simulation.run_law(decide, until_s)

@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.pool import Pool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +24,8 @@ from envs.simulator import Plant
 from envs.slo import Slo
 from envs.state import LOG_COLUMNS
 from envs.trace import Workload
-from profiles.capacity import PolicySpec, Trial, at_rate
-from profiles.parallel import in_parallel, worker_pool
+from profiles.capacity import PolicySpec, Trial
+from profiles.parallel import Pool, in_parallel, worker_pool
 from profiles.report import write_report
 from profiles.results import Comparison, Run, best_by_capacity, figures_of, histogram, screen_table
 
@@ -93,7 +92,7 @@ class Job(NamedTuple):
         if not self.measure:
             return Run(trial.policy, trial.seed, trial.capacity(self.rate), {})
         assert self.rate is not None
-        arrival_s = at_rate(trial.workload, self.rate).arrival_s
+        arrival_s = trial.load.at_rate(self.rate).arrival_s
         end_s = float(arrival_s[-1]) + GRACE_S
         outcome = trial.simulate(self.rate, end_s, keep_log=True)
         ttft_s = np.where(np.isnan(outcome.ttft_s), end_s - arrival_s, outcome.ttft_s)
@@ -105,10 +104,10 @@ class Job(NamedTuple):
 
     def key(self) -> str:
         """Equal for equal jobs alone: the plant, the requests and the promise are in it."""
-        t, plant = self.trial, self.trial.plant
+        t, plant, unit = self.trial, self.trial.plant, self.trial.load.at_rate(1.0)
         settings = (plant.config, plant.dead_time_iterations, plant.reserve_output, str(t.slo))
         digest = hashlib.sha256(repr(settings).encode())
-        for values in (t.workload.arrival_s, t.workload.prompt_tokens, t.workload.output_tokens):
+        for values in (unit.arrival_s, unit.prompt_tokens, unit.output_tokens):
             digest.update(values.tobytes())
         digest.update(msgspec.json.encode(t.plant.step_time.description))
         return f"{t.policy} {t.seed} {self.rate} {self.measure} {digest.hexdigest()[:16]}"

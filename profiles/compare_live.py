@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from envs.slo import Slo
 from envs.trace import make_workload
 from profiles.bench_report import DETAIL_KEYS
-from profiles.capacity import CLAIRVOYANT, PolicySpec, at_rate
+from profiles.capacity import CLAIRVOYANT, PolicySpec
 from profiles.compare import present, run_compare
 from profiles.compare_flags import provenance, question
 from profiles.live_engine import LiveEngine, Start, live_engine
@@ -65,7 +65,7 @@ def _measure(
     engine: LiveEngine, args: argparse.Namespace, law: str, policy: str, rate: float, seed: int, longest: int
 ) -> Run:
     rng = np.random.default_rng(seed)
-    workload = at_rate(make_workload(args.arrivals, args.trace, rng, args.num_prompts or REQUESTS, longest), rate)
+    workload = make_workload(args.arrivals, args.trace, rng, args.num_prompts or REQUESTS, longest).at_rate(rate)
     folder: Path = args.out / "runs" / f"{policy.replace(':', '-')}_{rate:g}_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     slo = Slo.parse(args.slo)
@@ -95,4 +95,8 @@ def run_of(summary: dict[str, Any], policy: str, rate: float, seed: int) -> Run:
     }
     if summary.get("share_of_tokens_in_slo") is not None:
         figures["tokens_in_slo"] = summary["share_of_tokens_in_slo"]
+    if summary.get("share_of_tokens_on_time") is not None:
+        figures["tokens_on_time"] = summary["share_of_tokens_on_time"]
+    if Slo.parse(summary["slo"]).tpot_s is not None:
+        figures["tpot_p99_s"] = 1e-3 * (summary["p99_tpot_ms"] or 0.0)
     return Run(policy, seed, rate, figures, histogram(tbt_s), histogram(ttft_s))

@@ -16,11 +16,12 @@ from profiles.capacity import Interval
 from profiles.results import (
     BEST_STATIC,
     BINS,
-    FIGURES,
     ORACLE_STATIC,
     Comparison,
+    Row,
     capacity_cell,
     cells,
+    column_heads,
     label,
 )
 
@@ -45,8 +46,8 @@ pre {{ background: #f5f5f5; padding: 12px; overflow-x: auto; font-size: 12px; }}
 </style>
 <script>{plotly}</script></head><body>
 <h1>{title}</h1>
-<p>The promise: {slo} (ms). Means over {seeds} seed(s), ± half the 95 % interval (Student t). P99 TBT above the promise
-is red. A click on a legend entry hides its policy, a double click shows it alone.</p>
+<p>The promise: {slo} (ms). Means over {seeds} seed(s), ± half the 95 % interval (Student t). P99s above the promise,
+and too few tokens on time, are red. A click on a legend entry hides its policy, a double click shows it alone.</p>
 {table}
 {beyond}
 {sections}
@@ -95,20 +96,27 @@ def colours(comparison: Comparison) -> dict[str, str]:
 
 def _table(comparison: Comparison) -> str:
     colour = colours(comparison)
-    bound_s = Slo.parse(comparison.slo).tbt_s
-    names = [("policy", ""), ("capacity", "req/s"), *((name, unit) for name, unit, _, _ in FIGURES.values())]
+    slo, names = Slo.parse(comparison.slo), [("policy", ""), *column_heads(comparison)]
     lines = ["<table><tr>", *(f"<th>{name}<br><span>{unit}</span></th>" for name, unit in names), "</tr>"]
     for rate, rows in groupby(comparison.rows(), lambda row: row.rate):
         lines.append(f'<tr class="rate"><td colspan="{len(names)}">at {rate:g} req/s</td></tr>')
         for row in rows:
             key = f'<i class="key" style="background:{colour[row.contender]}"></i>'
-            late = bound_s is not None and row.figures["tbt_p99_s"].mean > bound_s
-            marks = [' class="late"' if late and name == "tbt_p99_s" else "" for name in FIGURES]
-            texts = zip(cells(row), marks, strict=True)
+            broken = broken_figures(row, slo)
+            marks = [' class="late"' if name in broken else "" for name in comparison.figures]
+            texts = zip(cells(row, comparison.figures), marks, strict=True)
             lines.append(f"<tr><td>{key}{html.escape(label(row))}</td><td>{capacity_cell(row.capacity)}</td>")
             lines += [f"<td{mark}>{text}</td>" for text, mark in texts]
             lines.append("</tr>")
     return "".join([*lines, "</table>"])
+
+
+def broken_figures(row: Row, slo: Slo) -> set[str]:
+    """The figures that show that the promise was broken, in the mean over seeds."""
+    most = {"ttft_p99_s": slo.ttft_s, "tbt_p99_s": slo.tbt_s, "tpot_p99_s": slo.tpot_s}
+    means = {name: interval.mean for name, interval in row.figures.items()}
+    broken = {name for name, bound_s in most.items() if bound_s is not None and means.get(name, 0.0) > bound_s}
+    return broken | ({"tokens_on_time"} if means.get("tokens_on_time", 1.0) < slo.quantile else set())
 
 
 def _figure(x: str, y: str) -> go.Figure:

@@ -21,13 +21,15 @@ FIGURES = {
     "ttft_p99_s": ("TTFT p99", "s", 1.0, ".2f"),
     "tbt_p50_s": ("TBT p50", "ms", 1e3, ".1f"),
     "tbt_p99_s": ("TBT p99", "ms", 1e3, ".1f"),
+    "tpot_p99_s": ("TPOT p99", "ms", 1e3, ".1f"),
     "goodput": ("goodput", "req/s", 1.0, ".2f"),
     "throughput": ("output", "tok/s", 1.0, ".0f"),
     "finished": ("finished", "%", 1e2, ".1f"),
     "tokens_in_slo": ("tokens in SLO", "%", 1e2, ".2f"),
+    "tokens_on_time": ("tokens on time", "%", 1e2, ".2f"),
 }
-"""Each figure of a run: its name in a table, the unit there, the factor to it and its digits."""
-WITH_INTERVAL = ("ttft_p99_s", "tbt_p99_s", "goodput")
+"""Each figure that a run may have: its name in a table, the unit there, the factor to it and its digits."""
+WITH_INTERVAL = ("ttft_p99_s", "tbt_p99_s", "tpot_p99_s", "goodput")
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -89,6 +91,11 @@ class Comparison(msgspec.Struct, frozen=True):
             return best_by_capacity(self.statics, self.capacities)
         return max(self.statics, key=lambda policy: sum(self.mean(policy, rate, "goodput") for rate in self.rates))
 
+    @property
+    def figures(self) -> list[str]:
+        """The names of the figures that some run has, in the order of `FIGURES`."""
+        return [name for name in FIGURES if any(name in run.figures for run in self.runs)]
+
     def of(self, policy: str, rate: float) -> list[Run]:
         return [run for run in self.runs if run.policy == policy and run.rate == rate]
 
@@ -112,7 +119,8 @@ class Comparison(msgspec.Struct, frozen=True):
             for contender in self.contenders:
                 policy = self.policy_of(contender, rate)
                 runs = self.of(policy, rate)
-                figures = {name: Interval.of([run.figures[name] for run in runs]) for name in runs[0].figures}
+                known = [name for name in self.figures if all(name in run.figures for run in runs)]
+                figures = {name: Interval.of([run.figures[name] for run in runs]) for name in known}
                 yield Row(contender, policy, rate, self.capacity(contender), figures)
 
     def capacity(self, contender: str) -> Interval | None:
@@ -149,16 +157,22 @@ def label(row: Row) -> str:
     return row.contender if row.contender == row.policy else f"{row.contender} ({row.policy.partition('=')[2]})"
 
 
-def cells(row: Row) -> list[str]:
-    """The figures as text in the order and units of `FIGURES`, with the interval where it matters most."""
+def cells(row: Row, figures: list[str]) -> list[str]:
+    """These figures as text in the units of `FIGURES`, with the interval where it matters most."""
     texts = []
-    for name, (_, _, factor, form) in FIGURES.items():
+    for name in figures:
+        _, _, factor, form = FIGURES[name]
         if name not in row.figures:
             texts.append("-")
             continue
         mean, half_width = (factor * x for x in row.figures[name])
         texts.append(format(mean, form) + (f" ±{half_width:{form}}" if name in WITH_INTERVAL else ""))
     return texts
+
+
+def column_heads(comparison: Comparison) -> list[tuple[str, str]]:
+    """Name and unit of the columns after the policy's: its capacity, and `comparison.figures`."""
+    return [("capacity", "req/s"), *(FIGURES[name][:2] for name in comparison.figures)]
 
 
 def capacity_cell(capacity: Interval | None) -> str:
@@ -169,13 +183,13 @@ def screen_table(comparison: Comparison) -> Table:
     title = f"{comparison.title}; the promise is {comparison.slo} (ms); mean of seeds ± half the 95 % interval"
     table = Table(title=title, title_justify="left")
     table.add_column("policy", overflow="fold")
-    for name, unit in (("capacity", "req/s"), *((name, unit) for name, unit, _, _ in FIGURES.values())):
+    for name, unit in column_heads(comparison):
         table.add_column(f"{name}\n{unit}", justify="right", no_wrap=True)
     for rate, rows in groupby(comparison.rows(), lambda row: row.rate):
         table.add_section()
         table.add_row(f"[bold]at {rate:g} req/s")
         for row in rows:
-            table.add_row(label(row), capacity_cell(row.capacity), *cells(row))
+            table.add_row(label(row), capacity_cell(row.capacity), *cells(row, comparison.figures))
     return table
 
 
@@ -195,6 +209,11 @@ def figures_of(outcome: Outcome, ttft_s: FloatArray, slo: Slo) -> dict[str, floa
     }
     if slo.tbt_s is not None:
         figures["tokens_in_slo"] = outcome.tokens_in_slo(slo.tbt_s)
+    if slo.tpot_s is not None:
+        tpot_s = outcome.tpot_s[~np.isnan(outcome.tpot_s)]
+        figures["tpot_p99_s"] = np.quantile(tpot_s, 0.99) if tpot_s.size else 0.0
+    if slo.deadline_s is not None:
+        figures["tokens_on_time"] = outcome.tokens_on_time(slo)
     return {name: float(value) for name, value in figures.items()}
 
 

@@ -19,7 +19,6 @@ from profiles.capacity import (
     TOLERANCE,
     Interval,
     Trial,
-    at_rate,
     is_hopeless,
     largest_rate,
     meets,
@@ -75,6 +74,8 @@ def test_a_run_meets_the_slo_by_its_quantiles_its_delay_and_its_end() -> None:
     assert meets(run, Slo(ttft_s=1.0)) and not meets(run, Slo(ttft_s=0.99))
     assert meets(run, Slo(tpot_s=0.2)) and not meets(run, Slo(tpot_s=0.19))
     assert meets(run, Slo(e2el_s=1.2)) and not meets(run, Slo(e2el_s=1.19))
+    assert meets(run, Slo(deadline_s=0.2)) and not meets(run, Slo(deadline_s=0.19)), "third tokens, 0.2 and 0.4 s on"
+    assert meets(run, Slo(deadline_s=0.19, ttft_s=1.02)), "the second request's first token, after 0.5 s, was early"
     assert not meets(outcome([[1.0, 1.1], [1.0, nan]], [0.0, 0.5], [0.5, 0.9]), Slo(tbt_s=1))
     late = [[10.0], [10.0], [10.0]]
     assert meets(outcome(late, [0, 0, 0], [2.0, 2.0, 9.0]), Slo(tbt_s=1))
@@ -83,17 +84,29 @@ def test_a_run_meets_the_slo_by_its_quantiles_its_delay_and_its_end() -> None:
 
 def test_a_run_is_hopeless_once_the_late_ones_alone_are_too_many() -> None:
     nan = math.nan
-    slo = Slo(tbt_s=0.2, ttft_s=5.0, quantile=0.75)  # of 5 gaps one may be late, of 2 requests one
-    assert not is_hopeless(outcome([[1, 1.1, 1.5, nan], [1, 1.1, nan]], [0, 0], [0, 0]), slo, 1.5)
-    assert is_hopeless(outcome([[1, 1.3, 1.7, nan], [1, 1.1, nan]], [0, 0], [0, 0]), slo, 1.7)
-    assert not is_hopeless(outcome([[nan], [nan]], [0, 3.0], [0, 4.0]), slo, 7.9)
-    assert is_hopeless(outcome([[nan], [nan]], [0, 3.0], [0, 4.0]), slo, 8.1)
+    slo = Slo(tbt_s=0.2, ttft_s=5.0, quantile=0.75)  # of 5 gaps one may be late, of 5 requests one
+    assert not is_hopeless(outcome([[1, 1.1, 1.5, nan], [1.3, 1.4, nan]], [0, 0], [0, 0]), slo, 1.5)
+    assert is_hopeless(outcome([[1, 1.1, 1.5, nan], [1.3, 1.4, nan]], [0, 0], [0, 0]), slo, 1.8), "and one of 0.3 s"
+    assert is_hopeless(outcome([[1, 1.3, 1.7, nan], [1.5, 1.6, nan]], [0, 0], [0, 0]), slo, 1.7)
+    five = outcome([[nan]] * 5, [0.0, 3.0, 9.0, 9.0, 9.0], [0.0, 4.0, 9.0, 9.0, 9.0])
+    assert not is_hopeless(five, slo, 7.9) and is_hopeless(five, slo, 8.1)
     assert not is_hopeless(outcome([[nan], [nan], [nan]], [0, 0, 0], [0, nan, nan]), slo, 1.9)
     assert is_hopeless(outcome([[nan], [nan], [nan]], [0, 0, 0], [0, nan, nan]), slo, 2.1)
 
 
+def test_a_run_is_hopeless_once_it_has_lost_what_counts_from_the_first_token() -> None:
+    nan = math.nan
+    run = outcome([[1, 1.1, 1.2, nan]], [0.5], [0.6])
+    assert not is_hopeless(run, Slo(tpot_s=0.2), 1.59) and is_hopeless(run, Slo(tpot_s=0.2), 1.61)
+    assert not is_hopeless(run, Slo(e2el_s=1.0), 1.49) and is_hopeless(run, Slo(e2el_s=1.0), 1.51)
+    assert not is_hopeless(run, Slo(deadline_s=0.2), 1.59) and is_hopeless(run, Slo(deadline_s=0.2), 1.61)
+    early = Slo(deadline_s=0.2, ttft_s=0.7)
+    assert not is_hopeless(run, early, 1.79) and is_hopeless(run, early, 1.81)
+    assert not is_hopeless(run, Slo(deadline_s=0.2, quantile=0.75), 99.0), "one of four may be late"
+
+
 @pytest.mark.parametrize("policy", ["static:budget=512", "static:budget=64", "clairvoyant", "pid"])
-@pytest.mark.parametrize("slo", ["tbt:100", "tbt:45", "tbt:200 ttft:2500"])
+@pytest.mark.parametrize("slo", ["tbt:100", "tbt:45", "tbt:200 ttft:2500", "tbt:200 tpot:45", "tbt:999 deadline:40"])
 def test_an_early_end_gives_the_verdict_of_the_whole_run(policy: str, slo: str) -> None:
     judged = trial(policy, slo)
     rates = np.geomspace(0.3, 30, 10)
@@ -156,14 +169,14 @@ def test_clairvoyance_needs_a_promise_on_tbt() -> None:
 
 
 def test_a_rate_stretches_the_arrivals_and_nothing_else() -> None:
-    unit = trial("static").workload
-    fast = at_rate(unit, 8.0)
+    unit = trial("static").load.at_rate(1.0)
+    fast = unit.at_rate(8.0)
     assert (len(fast) - 1) / (fast.arrival_s[-1] - fast.arrival_s[0]) == pytest.approx(8.0)
     assert (fast.prompt_tokens == unit.prompt_tokens).all()
     gaps, unit_gaps = np.diff(fast.arrival_s), np.diff(unit.arrival_s)
     assert gaps / unit_gaps == pytest.approx(np.full(len(gaps), gaps[0] / unit_gaps[0]))
     with pytest.raises(ValueError, match="no rate"):
-        at_rate(unit.first(1), 8.0)
+        unit.first(1).at_rate(8.0)
 
 
 def test_the_interval_is_students() -> None:

@@ -25,6 +25,7 @@ from envs.trace import make_workload
 from profiles import compare as module
 from profiles.capacity import TOLERANCE
 from profiles.compare import Job, Question, compare, present
+from profiles.report import broken_figures, write_report
 from profiles.results import BEST_STATIC, BINS, FIGURES, ORACLE_STATIC, Comparison, histogram
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +50,8 @@ def test_every_policy_and_the_static_baselines_have_a_row_at_every_rate(comparis
     rows = list(comparison.rows())
     contenders = [*POLICIES, BEST_STATIC, ORACLE_STATIC]
     assert [(row.rate, row.contender) for row in rows] == [(rate, name) for rate in (1.0, 6.0) for name in contenders]
-    assert all(set(row.figures) == set(FIGURES) and row.capacity and row.capacity.mean > 0 for row in rows)
+    assert all(list(row.figures) == comparison.figures and row.capacity and row.capacity.mean > 0 for row in rows)
+    assert set(FIGURES) - set(comparison.figures) == {"tpot_p99_s", "tokens_on_time"}, "neither was promised"
     assert comparison.statics == [f"static:budget={budget}" for budget in (64, 128, 512, 2048)]
 
 
@@ -73,6 +75,24 @@ def test_figures_are_those_of_the_run(comparison: Comparison) -> None:
     assert run.figures["tokens_in_slo"] == outcome.tokens_in_slo(0.1)
     assert run.figures["finished"] == 1.0
     assert sum(run.tbt_counts) == outcome.tbt_s.size
+
+
+def test_the_figures_show_what_was_promised_and_what_broke(tmp_path: Path) -> None:
+    slo = Slo.parse("tpot:60 deadline:60 ttft:30000")
+    asked = replace(question(policies=("static:budget=512",), grid=(128,), rates=(1.0, 6.0)), slo=slo)
+    compared = compare(asked, tmp_path, processes=2)
+    assert "tokens_in_slo" not in compared.figures, "no bound on TBT was promised"
+    outcome = asked.trial("static:budget=512", 1).simulate(6.0)
+    (run,) = (run for run in compared.of("static:budget=512", 6.0) if run.seed == 1)
+    assert run.figures["tpot_p99_s"] == np.quantile(outcome.tpot_s[~np.isnan(outcome.tpot_s)], 0.99)
+    assert run.figures["tokens_on_time"] == 1 - outcome.late(slo).mean()
+    slow, fast = (row for row in compared.rows() if row.contender == "static:budget=512")
+    assert broken_figures(slow, slo) == set()
+    assert broken_figures(fast, slo) == {"tpot_p99_s"}, "the first tokens came so early that hardly any token is late"
+    assert broken_figures(fast, replace(slo, ttft_s=0.1)) == {"tpot_p99_s", "ttft_p99_s"}
+    write_report(compared, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "TPOT p99" in page and "tokens on time" in page and "tokens in SLO" not in page
 
 
 def test_a_capacity_is_that_of_the_trial_alone(comparison: Comparison) -> None:

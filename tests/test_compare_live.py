@@ -57,3 +57,8 @@ def test_a_replay_becomes_a_run() -> None:
     assert run.figures["goodput"] == 0.0
     assert run.figures["tokens_in_slo"] == 0.5
     assert sum(run.ttft_counts) == sum(run.tbt_counts) == 2
+    slo = Slo(tpot_s=0.15, deadline_s=0.12)
+    run = run_of(summarise(LoadResult("m", [done, waiting], 4.0, 2, 0, False), slo), "pid", 2.0, 0)
+    assert run.figures["tpot_p99_s"] == pytest.approx(0.15)
+    assert run.figures["tokens_on_time"] == pytest.approx(2 / 3), "the last came 0.3 s after the first"
+    assert "tokens_in_slo" not in run.figures

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs.slo import Slo
+from envs.outcome import Outcome
+from envs.slo import Slo, within
+from envs.trace import Workload
 from profiles.bench_report import format_console, peak_concurrent_requests, peak_tokens_per_s, summarise, write_json
 from profiles.load import LoadResult, RequestRecord
 
@@ -15,9 +17,9 @@ NO_GAPS = np.empty(0)
 
 
 def test_text_is_read_in_milliseconds_and_written_back() -> None:
-    slo = Slo.parse("ttft:2000 tbt:100 tpot:50.5 e2el:30000 quantile:0.95")
-    assert slo == Slo(tbt_s=0.1, ttft_s=2.0, tpot_s=0.0505, e2el_s=30.0, quantile=0.95)
-    assert str(slo) == "tbt:100 ttft:2000 tpot:50.5 e2el:30000 quantile:0.95"
+    slo = Slo.parse("ttft:2000 tbt:100 deadline:40 tpot:50.5 e2el:30000 quantile:0.95")
+    assert slo == Slo(tbt_s=0.1, ttft_s=2.0, tpot_s=0.0505, deadline_s=0.04, e2el_s=30.0, quantile=0.95)
+    assert str(slo) == "tbt:100 ttft:2000 tpot:50.5 deadline:40 e2el:30000 quantile:0.95"
 
 
 def test_itl_is_another_word_for_tbt_and_p99_is_the_default() -> None:
@@ -42,6 +44,7 @@ def test_parse_reads_back_what_str_wrote(tbt_us: int, ttft_us: int, quantile_tho
         ("tbt:100 itl:50", "given twice"),
         ("tbt:-5", "-0.005"),
         ("tbt:0", "0.0"),
+        ("deadline:-1", "deadline_s is -0.001"),
         ("ttft:nan", "nan"),
         ("ttft:inf", "inf"),
         ("tbt:5 quantile:99", "99"),
@@ -66,6 +69,64 @@ def test_tpot_bounds_the_mean_gap() -> None:
     gaps_s = np.array([0.25, 0.5, 0.75])
     assert Slo(tpot_s=0.5).met(0.1, gaps_s, 2.0)
     assert not Slo(tpot_s=0.499).met(0.1, gaps_s, 2.0)
+
+
+def test_a_deadline_is_counted_from_the_first_token_or_its_bound() -> None:
+    """Tokens 1, 1.25, 1.5, 2.25, 2.5 and 2.75 s after the arrival."""
+    gaps_s = np.array([0.25, 0.25, 0.75, 0.25, 0.25])
+    assert Slo.parse("deadline:250").late_tokens(1.0, gaps_s) == 3
+    assert Slo.parse("deadline:250 ttft:500").late_tokens(1.0, gaps_s) == 3, "a late first token takes nothing"
+    assert Slo.parse("deadline:250 ttft:1250").late_tokens(1.0, gaps_s) == 3
+    assert Slo.parse("deadline:250 ttft:1500").late_tokens(1.0, gaps_s) == 0, "half a second was gained by the first"
+    assert Slo.parse("deadline:300").late_tokens(1.0, gaps_s) == 3
+    assert Slo.parse("deadline:350").late_tokens(1.0, gaps_s) == 2, "the last has caught up: it is due at 2.75 s"
+
+
+def test_a_request_keeps_its_deadline_if_few_enough_tokens_are_late() -> None:
+    gaps_s = np.full(99, 0.25)
+    gaps_s[-1] = 0.5  # the last of 100 tokens
+    assert Slo.parse("deadline:250").met(1.0, gaps_s, 26.0)
+    assert not Slo.parse("deadline:250 quantile:0.991").met(1.0, gaps_s, 26.0)
+    assert not Slo.parse("deadline:250").met(1.0, gaps_s[1:], 25.75), "one of 99 is more than 1 %"
+    assert not Slo.parse("deadline:250 ttft:500").met(1.0, gaps_s, 26.0), "the bound on TTFT is judged by itself"
+    assert Slo.parse("deadline:1 quantile:0.5").met(1.0, gaps_s[:1], 1.25), "one of two"
+    assert Slo.parse("deadline:250 quantile:0.9").met(1.0, gaps_s[-9:], 3.25), "one of ten, for all its rounding"
+    assert Slo.parse("deadline:0.001").met(5.0, NO_GAPS, 5.0), "a first token is never late"
+    with pytest.raises(ValueError, match="add deadline"):
+        Slo(tbt_s=1.0).late_tokens(1.0, gaps_s)
+
+
+times = st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), min_size=1, max_size=8)
+
+
+@given(times, st.sampled_from(["deadline:40", "deadline:60 ttft:85", "tbt:42 deadline:50 quantile:0.75", "tpot:44.9"]))
+def test_a_run_is_judged_as_each_of_its_requests(gaps: list[list[int]], text: str) -> None:
+    """Gaps in units of 10 ms, the first of each request before its first token. Deadlines may be met to the point."""
+    slo, arrival_s = Slo.parse(text), 0.25 * np.arange(len(gaps), dtype=np.float64)
+    since_s = [np.cumsum(np.array(ticks) / 100) for ticks in gaps]
+    lengths = np.array([len(ticks) for ticks in gaps])
+    rows, empty = np.concatenate(([0], np.cumsum(lengths)[:-1])), np.zeros(0)
+    came_s = np.concatenate([since + at for since, at in zip(since_s, arrival_s, strict=True)])
+    workload = Workload(arrival_s, np.ones_like(lengths), lengths)
+    run = Outcome(workload, arrival_s, lengths, rows, came_s, 1.0, 1, 0, empty, empty, empty)
+    alone = [(t[0], np.diff(t), t[-1]) for t in since_s]
+    if slo.deadline_s is not None:
+        late = [slo.late_tokens(ttft_s, gaps_s) for ttft_s, gaps_s, _ in alone]
+        assert run.late_shares(slo).tolist() == (np.array(late) / lengths).tolist()
+        assert run.tokens_on_time(slo) == pytest.approx(1 - sum(late) / lengths.sum())
+    assert run.met(slo).tolist() == [slo.met(*latencies) for latencies in alone]
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(0, 9), st.sampled_from([0.5, 0.75, 0.9, 0.99, 1.0]))
+def test_within_is_numpys_quantile(values: list[int], bound: int, quantile: float) -> None:
+    array = np.array(values, np.float64)
+    assert within(array, bound, quantile) == (not values or bool(np.quantile(array, quantile) <= bound))
+
+
+def test_the_pace_is_what_keeps_every_bound_on_tokens() -> None:
+    assert Slo.parse("tbt:40 tpot:30 deadline:50 ttft:10").pace_s == 0.03
+    assert Slo.parse("deadline:50").pace_s == 0.05
+    assert Slo.parse("ttft:10 e2el:100").pace_s is None
 
 
 def test_every_bound_that_is_set_must_hold() -> None:
@@ -151,6 +212,16 @@ def test_a_report_has_the_figures_worked_out_by_hand() -> None:
     }
     for key, value in expected.items():
         assert summary[key] == (pytest.approx(value) if isinstance(value, float) else value), key
+
+
+def test_a_report_tells_how_many_tokens_were_on_time() -> None:
+    """Tokens after 0.25 0.5 1 | 1 1.5 and one in that chunk | 0.25 2.25 s; the first and the last are late once."""
+    summary = summarise(measured(), Slo.parse("deadline:300 ttft:900 quantile:0.6"))
+    assert summary["share_of_tokens_on_time"] == pytest.approx(1 - 2 / 8)
+    assert (summary["slo_attainment"], "share_of_tokens_in_slo" in summary) == (0.25, False)
+    assert f"{'Tokens on time (%):':<40} 75.00" in format_console(summary)
+    nothing = LoadResult("tiny", [record(0.0, [], "failed", error="no")], 1.0, 1, 0, False)
+    assert summarise(nothing, Slo.parse("deadline:100"))["share_of_tokens_on_time"] is None
 
 
 def test_report_percentiles_are_numpys() -> None:
