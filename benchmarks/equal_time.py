@@ -6,9 +6,10 @@ makes microbatches of equal tokens, whose times differ by what their prompts hav
 
 from collections import deque
 
-from engine.protocol import Bounds, Telemetry
+from engine.protocol import Telemetry
 from envs.step_time import StepTimeModel
-from policies.outlook import Outlook
+from policies.batch_choice import AS_PROFILED, BatchChooser
+from policies.outlook import Outlook, foresee
 
 
 class StaticBudget:
@@ -33,41 +34,13 @@ class EqualTime:
     def __init__(self, step_time: StepTimeModel, target_s: float, stages: int, name: str) -> None:
         self.name = name
         self.target_s = target_s
-        self._step_time = step_time
-        self._turns: deque[tuple[int, int]] = deque(maxlen=stages)
+        self._coefficients = step_time.coefficients
+        self._turns: deque[Outlook] = deque(maxlen=stages)
 
     def budget(self, telemetry: Telemetry) -> int:
-        batch = telemetry.batch
-        self._turns.append((batch.decode_tokens, batch.decode_context_tokens + batch.decode_tokens))
-        outlook = next_prompts(telemetry, *self._turns[0])
-        return self._largest(outlook, telemetry.bounds)
-
-    def _largest(self, outlook: Outlook, bounds: Bounds) -> int:
-        fits, beyond = 0, bounds.max_budget_tokens // bounds.tile_tokens + 1  # tiles; the answer is in [fits, beyond)
-        while beyond - fits > 1:
-            tiles = (fits + beyond) // 2
-            if self._seconds(tiles * bounds.tile_tokens, outlook) <= self.target_s:
-                fits = tiles
-            else:
-                beyond = tiles
-        return max(fits * bounds.tile_tokens, bounds.min_budget_tokens)
-
-    def _seconds(self, budget: int, outlook: Outlook) -> float:
-        tokens = max(budget - outlook.decodes, 0)
-        requests, attention = outlook.prefill(tokens)
-        return self._step_time.mean_s(outlook.decodes, outlook.decode_context_tokens, requests, tokens, attention)
-
-
-def next_prompts(telemetry: Telemetry, decodes: int, decode_context_tokens: int) -> Outlook:
-    """What is left to compute once the reported microbatch is under way, for a next one with these decodes."""
-    batch, queue = telemetry.batch, telemetry.queue
-    remaining, context = queue.head_remaining_tokens, queue.head_context_tokens
-    if batch.prefill_context_tokens[:1] == (context,):  # told as of before this microbatch
-        remaining, context = remaining - batch.prefill_chunk_tokens[0], context + batch.prefill_chunk_tokens[0]
-    waiting, waiting_tokens = queue.waiting_requests, queue.waiting_prompt_tokens
-    if remaining <= 0 and waiting:
-        remaining, context = waiting_tokens // waiting, 0
-        waiting, waiting_tokens = waiting - 1, waiting_tokens - remaining
-    return Outlook(
-        decodes, decode_context_tokens, waiting + (remaining > 0), max(remaining, 0), context, waiting, waiting_tokens
-    )
+        bounds, outlook = telemetry.bounds, foresee(telemetry)
+        self._turns.append(outlook)
+        turn = self._turns[0]
+        outlook = outlook._replace(decodes=turn.decodes, decode_context_tokens=turn.decode_context_tokens)
+        chooser = BatchChooser(self._coefficients, bounds.tile_tokens, bounds.max_budget_tokens)
+        return max(chooser.choose(outlook, self.target_s, AS_PROFILED, False).budget_tokens, bounds.min_budget_tokens)

@@ -23,7 +23,8 @@ from rich.table import Table
 
 from benchmarks.report import report
 from envs.iterations import FloatArray, Iterations, load_iterations
-from envs.step_time import StepTimeModel, mean_step_s
+from envs.step_mean import mean_step_s
+from envs.step_time import StepTimeModel
 from envs.step_time_error import errors
 from envs.step_time_fit import fit
 

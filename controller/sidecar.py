@@ -16,6 +16,7 @@ from controller.journal import Journal
 from engine.link import ControllerLink, CurveKeys, Endpoints
 from engine.protocol import Bounds
 from policies.catalogue import Law
+from policies.rehearsal import rehearse
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def run(options: SidecarOptions) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.append(True))
     parent = multiprocessing.parent_process()
+    rehearse(options.law)
     link = ControllerLink(zmq.Context(), options.engines, options.keys)
     journal = Journal(options.journal_folder, options.socket_dir, options.clock) if options.journal_folder else None
     controller = Controller(link, options.law, journal, options.clock, options.admit)

@@ -4,7 +4,7 @@ import numpy as np
 
 from engine.compiled import inlined
 from envs.state import FloatArray, Rules, State
-from envs.step_time import mean_step_s
+from envs.step_mean import mean_step_s
 
 
 @inlined

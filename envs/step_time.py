@@ -23,17 +23,14 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.compiled import compiled
+from envs.step_mean import FloatArray, mean_step_s
 
-FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
 CURVES = ("tokens", "decodes", "decode_context_tokens", "prefill_requests", "prefill_attention_tokens2")
 DECODE_ONLY_CURVES = ("tokens", "decode_context_tokens")
 N_RESIDUALS = 256
 QUIET = (1.0,) * N_RESIDUALS
-LEAST_S = 1e-6
-_HEAD = 9
 VERSION = 2
 
 
@@ -121,52 +118,6 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _Versioned(msgspec.Struct):
     version: int
-
-
-@compiled
-def _padded(c: FloatArray, tile: float, sizes: int, at: int, tokens: float) -> float:
-    if sizes > 0 and tokens <= c[at + sizes - 1]:
-        return float(c[at + np.searchsorted(c[at : at + sizes], tokens)])
-    return float(np.ceil(tokens / tile) * tile) if tile > 1.0 else tokens
-
-
-@compiled
-def _curve(c: FloatArray, at: int, pieces: int, x: float) -> float:
-    # No branch and no term below 0: fast, and never falling in floating point either.
-    seconds = 0.0
-    for i in range(at, at + 3 * pieces, 3):
-        seconds += c[i + 2] * min(max(x - c[i], 0.0), c[i + 1])
-    return seconds
-
-
-@compiled
-def mean_step_s(
-    coefficients: FloatArray,
-    decodes: float,
-    decode_context_tokens: float,
-    prefill_requests: float,
-    prefill_tokens: float,
-    prefill_attention_tokens2: float,
-) -> float:
-    """Mean seconds of an iteration, above 0. `coefficients` are `StepTimeModel.coefficients`."""
-    c, context, pieces = coefficients, float(decode_context_tokens), int(coefficients[1])
-    width, sizes = 3 * pieces, _HEAD + 3 * pieces * (len(DECODE_ONLY_CURVES) + len(CURVES))
-    seconds = LEAST_S
-    if prefill_tokens <= 0 or c[0] > 0:
-        tokens = _padded(c, c[3], int(c[4]), sizes, float(decodes))
-        alone_s = c[2] + _curve(c, _HEAD, pieces, tokens) + _curve(c, _HEAD + width, pieces, context)
-        seconds = max(seconds, alone_s)
-    if prefill_tokens > 0:
-        at = _HEAD + 2 * width
-        tokens = _padded(c, c[6], int(c[7]), sizes + int(c[4]), float(decodes + prefill_tokens))
-        mixed_s = c[5] + _curve(c, at, pieces, tokens) + _curve(c, at + width, pieces, float(decodes))
-        mixed_s += _curve(c, at + 2 * width, pieces, context)
-        mixed_s += _curve(c, at + 3 * width, pieces, float(prefill_requests))
-        # The keys L + c that a chunk sees, exact if the batch's chunks are alike: from W = n c (L + c/2).
-        keys = prefill_attention_tokens2 / prefill_tokens + 0.5 * prefill_tokens / max(float(prefill_requests), 1.0)
-        mixed_s += _curve(c, at + 4 * width, pieces, max(float(prefill_attention_tokens2), c[8] * keys))
-        seconds = max(seconds, mixed_s)
-    return seconds
 
 
 def _packed(d: Description) -> FloatArray:
@@ -267,13 +218,17 @@ class StepTimeModel:
     def load(cls, path: Path) -> "StepTimeModel":
         """Read what `save` wrote. Raises ValueError naming the file."""
         try:
-            data = path.read_bytes()
-            version = msgspec.json.decode(data, type=_Versioned).version
-            if version != VERSION:
-                raise ValueError(f"it is of version {version}, this Pacer reads {VERSION}: fit it again")
-            return cls(msgspec.json.decode(data, type=Description))
+            return cls.of(msgspec.json.decode(path.read_bytes()))
         except (ValueError, msgspec.MsgspecError) as error:
             raise ValueError(f"{path} holds no step-time model: {error}") from error
+
+    @classmethod
+    def of(cls, said: Any) -> "StepTimeModel":
+        """The model that a description decoded from JSON tells. Raises ValueError, also for another version."""
+        version = msgspec.convert(said, _Versioned).version
+        if version != VERSION:
+            raise ValueError(f"it is of version {version}, this Pacer reads {VERSION}: fit it again")
+        return cls(msgspec.convert(said, Description))
 
     @classmethod
     def from_formula(cls, decode_only: Sequence[float], mixed: Sequence[float]) -> "StepTimeModel":

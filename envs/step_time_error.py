@@ -3,7 +3,8 @@
 import numpy as np
 
 from envs.iterations import COMPOSITION, FloatArray, Iterations, stretches
-from envs.step_time import StepTimeModel, mean_step_s
+from envs.step_mean import mean_step_s
+from envs.step_time import StepTimeModel
 
 
 def predict(model: StepTimeModel, iterations: Iterations) -> FloatArray:

@@ -32,14 +32,15 @@ LAWS: dict[str, Callable[..., Policy]] = {
     "ascend": AscendDynamicBatch,
     "sarathi-dynamic": SarathiDynamic,
 }
-"""A law's constructor names what it needs besides the first telemetry: `tbt_slo_s`, `ttft_slo_s`, `quantile` (of the
-SLO), `step_time`.
+"""A law's constructor names what it needs besides the first telemetry: `slo`, or of it `tbt_slo_s`, `ttft_slo_s`,
+`quantile`; `step_time`.
 
 It may have RANGES: the parameters that can be set here, each with its lowest and highest value. A peer's law that knows
 an SLO is AS_PUBLISHED: Guard's slew limit and lock-in watch would make another law of it.
 """
 
 _REMEDIES = {
+    "slo": "needs to know the promise: add --slo tbt:MILLISECONDS",
     "tbt_slo_s": "needs to know the promise: add --slo tbt:MILLISECONDS",
     "ttft_slo_s": "needs to know the promise: add ttft:MILLISECONDS to --slo",
     "step_time": "needs to know how long a step takes: add --profile FILE, a step-time model as JSON",
@@ -71,7 +72,8 @@ def parse_law(spec: str, slo: Slo | None = None, step_time: "StepTimeModel | Non
     make = LAWS[name]
     arguments = _parse_values(name, text, getattr(make, "RANGES", {}))
     had = {
-        "tbt_slo_s": slo.tbt_s if slo else None,
+        "slo": slo,
+        "tbt_slo_s": slo.pace_s if slo else None,
         "ttft_slo_s": slo.ttft_s if slo else None,
         "step_time": step_time,
         "quantile": slo.quantile if slo else None,
@@ -83,7 +85,8 @@ def parse_law(spec: str, slo: Slo | None = None, step_time: "StepTimeModel | Non
             arguments[need] = had[need]
         elif parameter.default is parameter.empty:
             raise ValueError(f"policy {name!r} {_REMEDIES[need]}")
-    watched = None if getattr(make, "AS_PUBLISHED", False) else arguments.get("tbt_slo_s")
+    promised = {"slo", "tbt_slo_s"} & arguments.keys() and not getattr(make, "AS_PUBLISHED", False)
+    watched = slo.pace_s if slo and promised else None
     return Law(spec, watched, lambda first: make(first, **arguments))
 
 

@@ -1,86 +1,88 @@
 """What a law can know of the iteration that its answer acts on, one dead time after the one that telemetry reports."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
-from engine.protocol import Telemetry
+from engine.protocol import MOST_PROMPTS, Telemetry
 
 
 class Outlook(NamedTuple):
     """The state in which the next batch under our knobs is formed: who decodes, and which prompts are left to compute.
 
-    Requests that end in between are not known beforehand, so the decodes are never too few. The head is the prompt that
-    is served first; `head_remaining_tokens` is None where telemetry does not tell. `waiting_*` are the prompts behind
-    the head that have not begun.
+    Requests that end in between are not known beforehand, so the decodes are never too few. `prompts` are the first
+    that are left, (remaining, context) each in tokens, in the order in which they are served; behind them wait
+    `behind_requests` that telemetry does not list, of `behind_tokens` together.
     """
 
     decodes: int
     decode_context_tokens: int
-    prompts: int  # all that are left to compute, begun or not
-    head_remaining_tokens: int | None
-    head_context_tokens: int
-    waiting_requests: int
-    waiting_tokens: int
+    prompts: tuple[tuple[int, int], ...]
+    behind_requests: int
+    behind_tokens: int
 
-    def prefill(self, tokens: int) -> tuple[int, float]:
-        """(requests, W) if the next batch computes `tokens` prompt tokens: the head's, then those of mean waiting ones.
+    @property
+    def n_prompts(self) -> int:
+        return len(self.prompts) + self.behind_requests
 
-        W is `BatchComposition.prefill_attention_tokens2`. Beyond all that wait stands one newcomer.
-        """
-        context = self.head_context_tokens
-        head = tokens if self.head_remaining_tokens is None else min(tokens, self.head_remaining_tokens)
-        attention = head * (context + 0.5 * head)
-        rest = tokens - head
-        if rest == 0:
-            return min(tokens, 1), attention
-        each = self.waiting_tokens / self.waiting_requests if self.waiting_requests and self.waiting_tokens else rest
-        return (head > 0) + math.ceil(rest / each), attention + 0.5 * rest * min(each, rest)
+    @property
+    def prompt_tokens(self) -> int:
+        """All that are left to compute."""
+        return sum(remaining for remaining, _ in self.prompts) + self.behind_tokens
+
+    @property
+    def head_context_tokens(self) -> int:
+        return self.prompts[0][1] if self.prompts else 0
 
 
-def foresee(telemetry: Telemetry) -> Outlook:
-    """The state one dead time after this launch, for the stall-free schedule without a pipeline.
+def foresee(telemetry: Telemetry, under_way: Sequence[tuple[int, int]] = ()) -> Outlook:
+    """The state one dead time after this launch, for the stall-free schedule.
 
-    Decodes get one token in each iteration. A prompt ends with a chunk that neither the chunk size nor the budget
-    cut short. In a dead time above 1, the iterations in between are taken to be like this one.
+    Decodes get one token in each iteration. `under_way` are (budget, chunk) of the iterations in between, the next one
+    first, where the dead time is above 1; those missing are taken to be under the knobs now in force.
+
+    In a pipeline a batch decodes only those of one turn: this one's are taken for the next one's.
     """
-    batch, queue, steps = telemetry.batch, telemetry.queue, telemetry.dead_time_iterations
-    decodes = batch.decode_tokens
-    context = batch.decode_context_tokens + steps * decodes
-    begun = max(queue.running_requests - decodes, batch.prefill_requests)
-    going_on: list[tuple[int | None, int]] = []  # (remaining, context) of the prompts that this batch does not end
-    for chunk, start, remaining in _chunks(telemetry):
-        if remaining is not None and remaining <= steps * chunk:
-            decodes, begun = decodes + 1, begun - 1
-            context += start + remaining + steps - 1
+    batch, queue = telemetry.batch, telemetry.queue
+    pairs = zip(queue.prompt_remaining_tokens, queue.prompt_context_tokens, strict=False)
+    listed = [(remaining, start) for remaining, start in pairs if remaining > 0]
+    begun = max(queue.running_requests - batch.decode_tokens, batch.prefill_requests)
+    behind = max(begun + queue.waiting_requests - len(listed), 0) if len(listed) >= MOST_PROMPTS else 0
+    waiting_listed = sum(remaining for remaining, _ in listed[begun:])
+    behind_tokens = max(queue.waiting_prompt_tokens - waiting_listed, behind) if behind else 0
+    state = _after(batch.prefill_chunk_tokens, batch.decode_tokens, batch.decode_context_tokens, listed)
+    in_force = (telemetry.knobs.budget_tokens, telemetry.knobs.chunk_tokens)
+    for i in range(telemetry.dead_time_iterations - 1):
+        budget, chunk = under_way[i] if i < len(under_way) else in_force
+        decodes, context, prompts = state
+        state = _after(_served(prompts, budget - decodes, chunk), decodes, context, prompts)
+    decodes, context, prompts = state
+    return Outlook(decodes, context, tuple(prompts), behind, behind_tokens)
+
+
+def _after(
+    chunks: Iterable[int], decodes: int, context: int, prompts: list[tuple[int, int]]
+) -> tuple[int, int, list[tuple[int, int]]]:
+    """(decodes, their context, prompts) when a batch with these chunks of the first prompts has run."""
+    context += decodes
+    left = []
+    n_served = 0
+    for chunk, (remaining, start) in zip(chunks, prompts, strict=False):
+        n_served += 1
+        if chunk >= remaining:
+            decodes, context = decodes + 1, context + start + remaining
         else:
-            going_on.append((None if remaining is None else remaining - steps * chunk, start + steps * chunk))
-    waiting, waiting_tokens = queue.waiting_requests, queue.waiting_prompt_tokens
-    head: tuple[int | None, int]
-    if going_on:
-        head = going_on[0]
-    elif begun > 0:  # it found no room in this batch
-        head = (queue.head_remaining_tokens, queue.head_context_tokens) if batch.prefill_requests == 0 else (None, 0)
-    elif waiting > 0:
-        known = batch.prefill_requests == 0
-        head = (queue.head_remaining_tokens, queue.head_context_tokens) if known else (waiting_tokens // waiting, 0)
-        waiting, waiting_tokens = waiting - 1, max(waiting_tokens - (head[0] or 0), 0)
-    else:
-        head = (0, 0)
-    return Outlook(decodes, context, max(begun, 0) + queue.waiting_requests, *head, waiting, waiting_tokens)
+            left.append((remaining - chunk, start + chunk))
+    # Those just begun take their place: the least remaining is served first.
+    return decodes, context, sorted(left, key=itemgetter(0)) + prompts[n_served:]
 
 
-def _chunks(telemetry: Telemetry) -> Iterator[tuple[int, int, int | None]]:
-    """(tokens, context, remaining) of each prompt in the batch, before it runs; None where telemetry does not tell.
-
-    Telemetry tells it of the head. Another prompt ends here if neither the chunk size nor the budget cut it short.
-    """
-    batch, queue, knobs, tile = telemetry.batch, telemetry.queue, telemetry.knobs, telemetry.bounds.tile_tokens
-    budget, cap = (n if n <= tile else n // tile * tile for n in (knobs.budget_tokens, knobs.chunk_tokens))
-    spare = budget - batch.total_tokens
-    last = len(batch.prefill_chunk_tokens) - 1
-    for i, (chunk, context) in enumerate(zip(batch.prefill_chunk_tokens, batch.prefill_context_tokens, strict=False)):
-        if i == 0 and context == queue.head_context_tokens:
-            yield chunk, context, max(queue.head_remaining_tokens, chunk)
-        else:
-            yield chunk, context, chunk if chunk != cap and (i < last or spare > 0) else None
+def _served(prompts: list[tuple[int, int]], tokens: int, chunk: int) -> list[int]:
+    chunks = []
+    for remaining, _ in prompts:
+        part = min(remaining, chunk, tokens)
+        if part <= 0:
+            break
+        chunks.append(part)
+        tokens -= part
+    return chunks

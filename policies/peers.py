@@ -34,9 +34,9 @@ class PPas:
 
     def decide(self, telemetry: Telemetry) -> Decision:
         outlook = foresee(telemetry)
-        if outlook.prompts >= self.PROMPTS and outlook.decodes > 0:
+        if outlook.n_prompts >= self.PROMPTS and outlook.decodes > 0:
             budget = min(self._cap + outlook.decodes, self._largest)
-            return Decision(budget, self._cap, f"ppas pressure: {outlook.prompts} prompts, {outlook.decodes} decodes")
+            return Decision(budget, self._cap, f"ppas pressure: {outlook.n_prompts} prompts, {outlook.decodes} decodes")
         return Decision(self._largest, self._largest, "ppas no pressure")
 
     def track(self, sent: Decision) -> None:
@@ -136,8 +136,8 @@ class GllmThrottle:
         free_share = max(1.0 - telemetry.kv_usage - self._threshold, 0.0)
         tokens = round(self._maxp * free_share / (1.0 - self._threshold))
         tokens = min(tokens, int(free_share * telemetry.bounds.kv_tokens))
-        due = outlook.waiting_tokens + (outlook.head_remaining_tokens or 0)
-        if outlook.prompts > 1:
+        due = outlook.prompt_tokens
+        if outlook.n_prompts > 1:
             tokens = min(tokens, max(due // self._iterp, self._minp))
         reason = f"gllm: {tokens} prompt tokens, {due} due, {telemetry.kv_usage:.0%} of KV used"
         return Decision(tokens + outlook.decodes, max(tokens, 1), reason)

@@ -1,56 +1,146 @@
-"""Predict the step, and give prompts what the TBT SLO leaves them."""
+"""Predict the step, and give prompts what the promise leaves them."""
 
+import math
+from collections import deque
+from statistics import NormalDist
 from typing import TYPE_CHECKING, ClassVar
 
 from engine.protocol import Telemetry
+from envs.slo import Slo
+from policies.account import SAVED, LateAccount
+from policies.batch_choice import BatchChooser
+from policies.machine_speed import LEAST_NOISE, MachineSpeed
 from policies.outlook import Outlook, foresee
-from policies.policy import Decision
+from policies.policy import Decision, Iteration, IterationLog
+from policies.slack import Slacks
 
 if TYPE_CHECKING:
     from envs.step_time import StepTimeModel
 
+STRICTEST = 0.3  # wider, in logarithms, is the margin when as much is owed as can be
+CROWDED = 0.9  # of the KV cache: no more prompts are begun side by side
+LEAST_PACE = 0.5  # of the pace promised: what a request that is behind is helped with
+
 
 class Predictive:
-    """The largest budget whose step, by the step-time model, meets the TBT SLO with a given probability.
+    """The largest budget whose step keeps the promise, by the step-time model, on the machine as it runs now.
 
-        B = max { whole tiles b : Q_q[ time(decodes, their context, b - decodes prompt tokens) ] <= SLO }
+        budget = max { whole tiles b : predicted time of the batch that b makes <= limit * exp(-margin) }
 
-    for the batch that the answer acts on (`foresee`): that is one dead time ahead. While nobody decodes, nobody waits
-    for a token, and there is no limit.
+    for the batch that the answer acts on, one dead time ahead (`foresee`); chunks below the budget let short prompts
+    past long ones (`BatchChooser`); `MachineSpeed` follows the machine. While nobody decodes, there is no limit.
+
+    tbt: the limit is the bound. The margin m is such that late tokens are as many as the quantile permits (less what is
+    `SAVED`), and cost the same wherever they fall. With d decodes in a batch, prompt tokens T, and noise of deviation
+    sigma, T - price * d * P(late) is largest where the density of lateness times d is the same for all batches:
+
+        (m / sigma)^2 = z^2 + 2 ln(d / mean d)       P(noise > z sigma) the share of late tokens aimed at
+
+    so where few decodes feel it, more is risked. What was late beyond that share is a debt (`LateAccount`), paid off by
+    a wider margin.
+
+    tpot, deadline: the limit is the least slack that any decoding request has when the batch is formed.
+
+    In a pipeline the limit is divided by the stages, as a token passes all of them: microbatches of equal time.
     """
 
     RANGES: ClassVar = {"quantile": (0.5, 0.9999)}
 
-    def __init__(self, first: Telemetry, tbt_slo_s: float, step_time: "StepTimeModel", quantile: float = 0.99) -> None:
-        self._tbt_slo_s = tbt_slo_s
-        self._step_time = step_time
-        self._quantile = quantile
-        self._factors = step_time.factor(quantile, False), step_time.factor(quantile, True)
+    def __init__(self, first: Telemetry, slo: Slo, step_time: "StepTimeModel", quantile: float = 0.99) -> None:
+        """Raises ValueError for a promise that says nothing of the time between tokens."""
+        if slo.pace_s is None:
+            raise ValueError(f"predictive needs a bound on the time between tokens, {str(slo)!r} has none: add tbt:MS")
+        self._pace_s, self._tbt_s = slo.pace_s, slo.tbt_s
+        self._chooser = BatchChooser(step_time.coefficients, first.bounds.tile_tokens, first.bounds.max_budget_tokens)
+        spared = 1.0 - (1.0 - SAVED) * (1.0 - quantile)
+        self._z = NormalDist().inv_cdf(spared)
+        self._deviation = max(math.log(step_time.factor(spared, mixed=True)) / self._z, LEAST_NOISE)
+        self._speed = MachineSpeed(step_time)
+        self._account = LateAccount(quantile)
+        self._slacks = _slacks(slo)
+        self._log = IterationLog()
+        self._ended_ns = 0
+        self._stages = 1
+        self._turns: deque[Outlook] = deque(maxlen=1)  # of each microbatch of the pipeline
+        in_force = (first.knobs.budget_tokens, first.knobs.chunk_tokens)
+        under_way = first.dead_time_iterations - 1
+        self._sent = deque([in_force] * under_way, under_way)  # knobs of the iterations in between
 
     def decide(self, telemetry: Telemetry) -> Decision:
-        if any(len(completion.stages) > 1 for completion in telemetry.completed):
-            raise NotImplementedError("predictive does not model pipeline stages yet: choose pid or aimd")
-        outlook, bounds = foresee(telemetry), telemetry.bounds
-        if outlook.decodes == 0:
-            budget = bounds.max_budget_tokens
-            return Decision(budget, budget, "predictive: nobody decodes, no limit")
-        fits, beyond = 0, bounds.max_budget_tokens // bounds.tile_tokens + 1  # tiles; the answer is in [fits, beyond)
-        while beyond - fits > 1:
-            tiles = (fits + beyond) // 2
-            if self._step_s(tiles * bounds.tile_tokens, outlook) <= self._tbt_slo_s:
-                fits = tiles
-            else:
-                beyond = tiles
-        budget = max(fits * bounds.tile_tokens, bounds.min_budget_tokens)
-        step_s = self._step_s(budget, outlook)
-        reason = f"predictive: {step_s * 1e3:.1f} ms at quantile {self._quantile:g} for {self._tbt_slo_s * 1e3:.0f}"
-        return Decision(budget, budget, reason)
+        for iteration in self._log.completed(telemetry):
+            self._learn(iteration)
+        if self._slacks:
+            self._slacks.update(telemetry)
+        decision = self._choose(telemetry, self._next(telemetry))
+        self._sent.append((decision.budget_tokens, decision.chunk_tokens))
+        return decision
 
     def track(self, sent: Decision) -> None:
-        pass
+        if self._sent:
+            self._sent[-1] = (sent.budget_tokens, sent.chunk_tokens)
 
-    def _step_s(self, budget: int, outlook: Outlook) -> float:
-        tokens = max(budget - outlook.decodes, 0)
-        requests, attention = outlook.prefill(tokens)
-        mean_s = self._step_time.mean_s(outlook.decodes, outlook.decode_context_tokens, requests, tokens, attention)
-        return self._factors[tokens > 0] * mean_s
+    def _next(self, telemetry: Telemetry) -> Outlook:
+        """The next batch's state; in a pipeline its decodes are those that had the same turn before."""
+        outlook = foresee(telemetry, self._sent)
+        self._turns.append(outlook)
+        turn = self._turns[0]
+        return outlook._replace(decodes=turn.decodes, decode_context_tokens=turn.decode_context_tokens)
+
+    def _choose(self, telemetry: Telemetry, outlook: Outlook) -> Decision:
+        bounds, factors = telemetry.bounds, self._speed.factors
+        limited = outlook.decodes > 0 or self._stages > 1  # in a pipeline other microbatches' decodes wait behind it
+        limit_s, why = self._limit(telemetry, outlook) if limited else (math.inf, "nobody decodes, no limit")
+        budget, chunk, step_s = self._chooser.choose(outlook, limit_s, factors, telemetry.kv_usage < CROWDED)
+        least = bounds.min_budget_tokens
+        machine = f"machine {factors[1]:.2f}x its profile"
+        return Decision(max(budget, least), max(chunk, least), f"predictive: {1e3 * step_s:.1f} ms, {why}; {machine}")
+
+    def _limit(self, telemetry: Telemetry, outlook: Outlook) -> tuple[float, str]:
+        """Seconds that the next microbatch may take on the mean, and why."""
+        limit_s, z, debt = self._pace_s, self._z, self._account.debt
+        if self._slacks:
+            limit_s = self._slack_s(telemetry, self._slacks, outlook.decodes)
+            why = f"slack {1e3 * limit_s:.0f} ms"
+        else:
+            weight = max(outlook.decodes, 1) / self._account.mean_tokens
+            z = math.sqrt(max(z * z + 2.0 * math.log(weight), 0.0))
+            why = f"{self._account.tokens:+.0f} late tokens to spare"
+        sigma = self._deviation * self._speed.noise(mixed=True)
+        limit_s *= math.exp(-z * sigma - STRICTEST * debt) / self._stages
+        return limit_s, f"{1e3 * limit_s:.1f} allowed, {why}"
+
+    def _slack_s(self, telemetry: Telemetry, slacks: Slacks, decodes: int) -> float:
+        """The least slack of those who will decode, when the batch is formed that the answer acts on."""
+        ahead, batch = telemetry.dead_time_iterations, telemetry.batch
+        least_s = slacks.least_s(telemetry.scheduled_ns, ahead * self._stages)
+        if not math.isinf(least_s):
+            least_s += ahead * (self._pace_s - self._speed.predicted_s(batch))
+        if decodes > batch.decode_tokens:
+            least_s = min(least_s, self._pace_s)  # a prompt ends in between, and has no slack yet
+        return max(least_s, LEAST_PACE * self._pace_s) if decodes else self._pace_s
+
+    def _learn(self, iteration: Iteration) -> None:
+        batch, _, measured, tbt_s = iteration
+        if len(measured.stages) > 1:
+            if len(measured.stages) != self._stages:
+                self._stages = len(measured.stages)
+                self._turns = deque(self._turns, self._stages)
+            seconds = max(stage.busy_s for stage in measured.stages)
+        elif tbt_s is not None:
+            seconds = tbt_s
+        else:
+            seconds = (measured.completed_ns - max(measured.scheduled_ns, self._ended_ns)) * 1e-9
+        self._ended_ns = measured.completed_ns
+        self._speed.observe(batch, seconds)
+        if measured.tbt_s and self._tbt_s is not None:
+            late = sum(gap_s > self._tbt_s for gap_s in measured.tbt_s) if max(measured.tbt_s) > self._tbt_s else 0
+            self._account.book(len(measured.tbt_s), late)
+
+
+def _slacks(slo: Slo) -> Slacks | None:
+    """None for a bound on every gap, which knows no slack."""
+    if slo.tbt_s is not None:
+        return None
+    if slo.deadline_s is not None:
+        return Slacks("deadline", slo.deadline_s, slo.ttft_s or 0.0)
+    return Slacks("tpot", slo.tpot_s) if slo.tpot_s is not None else None

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.equal_time import EqualTime, StaticBudget, next_prompts
+from benchmarks.equal_time import EqualTime, StaticBudget
 from benchmarks.gpu_steps import cells, floor_s
 from benchmarks.our_steps import Ours
 from benchmarks.pipeline_runs import BudgetLaw, ClosedLoop, figures
@@ -112,15 +112,6 @@ def test_microbatches_of_equal_time_leave_fewer_bubbles_and_shorter_gaps_than_a_
     assert equal_bubbles_s < 0.45 * static_bubbles_s
     assert equal_tbt_s < 0.5 * static_tbt_s
     assert equal_tbt_s == pytest.approx(2 * 0.02, rel=0.2), "two microbatches take turns"
-
-
-def test_equal_time_looks_at_the_prompt_behind_the_reported_microbatch() -> None:
-    simulation = Simulation(
-        Plant(PIPELINE, TRUTH), make_workload("poisson:1", "uniform:3000-3000,5-5", np.random.default_rng(0), 2)
-    )
-    simulation.step(1024, 1024)
-    outlook = next_prompts(simulation.telemetry(), 0, 0)
-    assert (outlook.head_context_tokens, outlook.head_remaining_tokens) == (1024, 3000 - 1024)
 
 
 def test_a_closed_loop_keeps_its_requests_at_once_and_counts_what_it_measures() -> None:

@@ -12,7 +12,7 @@ ROOMS = ("engine", "envs", "policies", "profiles", "controller")
 MAY_IMPORT = {
     "engine": set[str](),
     "envs": {"engine"},
-    "policies": {"engine.protocol", "envs.codec", "envs.step_time", "envs.slo"},
+    "policies": {"engine.protocol", "engine.compiled", "envs.codec", "envs.step_mean", "envs.step_time", "envs.slo"},
     "profiles": {"engine", "envs", "policies"},
     "controller": {"engine.protocol", "engine.link", "policies"},
 }

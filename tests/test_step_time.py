@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from numpy.random import Generator
 
 from envs.iterations import COMPOSITION, LONGEST_STRETCH, Iterations, load_iterations, stretches
-from envs.step_time import VERSION, Curve, Description, Range, Regime, StepTimeModel, mean_step_s
+from envs.step_mean import mean_step_s
+from envs.step_time import VERSION, Curve, Description, Range, Regime, StepTimeModel
 from envs.step_time_error import errors, predict
 from envs.step_time_fit import GRAPH_SIZES, LEAST_STRETCHES, fit
 

@@ -1,0 +1,187 @@
+"""The knobs whose batch takes as long as it may: how large the budget, and how it is shared out among prompts.
+
+Compiled, because a law asks for dozens of batches in each iteration.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.compiled import compiled
+from envs.step_mean import FloatArray, step_parts
+from policies.outlook import Outlook
+
+SHARES = 8.0  # a chunk is no smaller than the budget over that
+WORTH = 1.3  # times the gain of the whole budget, before prompts share it
+COMPANY = 10.0  # requests that feel an iteration's lost time: those that wait, and arrive before the queue is empty
+AS_PROFILED = np.ones(4)  # factors on the parts of the step time
+
+
+class Choice(NamedTuple):
+    """Knobs in tokens, and the mean seconds of the batch that they make of what is known to wait."""
+
+    budget_tokens: int
+    chunk_tokens: int
+    step_s: float
+
+
+class BatchChooser:
+    """Finds the knobs for an outlook.
+
+    The budget is the largest whose batch would take `limit_s` if prompts came to fill it. It is shared out evenly among
+    the first one, two, four or eight prompts, by the chunk; the shares that gain most per second are taken:
+
+        gain = sum over the batch's prompts of (tokens computed / tokens left)
+
+    That is how many prompts a second would end if batches went on so, and prefers those that are nearest to their end,
+    as the least mean wait does (Schrage, Operations Research 16(3), 1968). Each prompt in a batch costs time of its
+    own; what sharing loses by that is multiplied by the `COMPANY` that waits for it.
+    """
+
+    def __init__(self, coefficients: FloatArray, tile_tokens: int, max_budget_tokens: int) -> None:
+        self._coefficients = coefficients
+        self._tile = tile_tokens
+        self._most_tiles = max_budget_tokens // tile_tokens
+
+    def step_s(self, outlook: Outlook, budget_tokens: int, factors: FloatArray) -> float:
+        """Mean seconds of the batch that this budget makes of what is known to wait, the chunk being the budget."""
+        tokens = max(float(budget_tokens - outlook.decodes), 0.0)
+        requests, computed, attention, _ = _load(*_prompts(outlook), tokens, tokens)
+        load = (float(outlook.decodes), float(outlook.decode_context_tokens), requests, computed, attention)
+        return float(_seconds(self._coefficients, factors, *load))
+
+    def choose(self, outlook: Outlook, limit_s: float, factors: FloatArray, share: bool) -> Choice:
+        """Budget 0 if no batch fits. `factors` multiply the parts of the step time; `share` allows small chunks."""
+        return Choice(
+            *_choose(
+                *(self._coefficients, factors, float(outlook.decodes), float(outlook.decode_context_tokens)),
+                *_prompts(outlook),
+                *(limit_s, self._tile, self._most_tiles, SHARES if share else 1.0),
+            )
+        )
+
+
+def _prompts(outlook: Outlook) -> tuple[FloatArray, FloatArray, float, float]:
+    """(remaining, context, behind, each), as `_load` has them."""
+    listed, behind = np.array(outlook.prompts, np.float64).reshape(-1, 2), float(outlook.behind_requests)
+    return listed[:, 0], listed[:, 1], behind, outlook.behind_tokens / behind if behind else 0.0
+
+
+@compiled
+def _seconds(
+    coefficients: FloatArray,
+    factors: FloatArray,
+    decodes: float,
+    decode_context: float,
+    requests: float,
+    tokens: float,
+    attention: float,
+) -> float:
+    parts = step_parts(coefficients, decodes, decode_context, requests, tokens, attention)
+    return float(parts[0] * factors[0] + parts[1] * factors[1] + parts[2] * factors[2] + parts[3] * factors[3])
+
+
+@compiled
+def _load(
+    remaining: FloatArray, context: FloatArray, behind: float, each: float, tokens: float, chunk: float
+) -> tuple[float, float, float, float]:
+    """(requests, tokens, W, gain) of a batch that may compute `tokens` prompt tokens, at most `chunk` of each prompt.
+
+    The prompts come in the order in which they are served: those known, with `remaining` tokens after `context`; then
+    `behind` more of `each` tokens.
+    """
+    requests = attention = gain = 0.0
+    left = tokens
+    for i in range(len(remaining)):
+        if left <= 0.0:
+            break
+        part = min(remaining[i], chunk, left)
+        requests += 1.0
+        attention += part * (context[i] + 0.5 * part)
+        gain += part / remaining[i]
+        left -= part
+    if left > 0.0 and behind > 0.0:
+        part = min(each, chunk, left)
+        n = min(np.ceil(left / part), behind)
+        rest = min(left, n * part)
+        requests += n
+        attention += 0.5 * rest * part
+        gain += rest / each
+        left -= rest
+    return requests, tokens - left, attention, gain
+
+
+@compiled
+def _largest_budget(
+    coefficients: FloatArray,
+    factors: FloatArray,
+    decodes: float,
+    decode_context: float,
+    remaining: FloatArray,
+    context: FloatArray,
+    behind: float,
+    each: float,
+    limit_s: float,
+    tile: int,
+    most_tiles: int,
+    shares: float,
+) -> int:
+    """The most whole tiles whose batch takes `limit_s` at most, or none (0), should newcomers fill what is left."""
+    fits, beyond, probe = 0, most_tiles + 1, most_tiles  # often everything fits
+    while beyond - fits > 1:
+        tokens = max(probe * tile - decodes, 0.0)
+        chunk = tokens if shares == 1.0 else _chunk(tokens, shares, tile)
+        requests, computed, attention, _ = _load(remaining, context, behind, each, tokens, chunk)
+        if computed < tokens:
+            part = min(chunk, tokens - computed)
+            requests += np.ceil((tokens - computed) / part)
+            attention += 0.5 * (tokens - computed) * part
+        if _seconds(coefficients, factors, decodes, decode_context, requests, tokens, attention) <= limit_s:
+            fits = probe
+        else:
+            beyond = probe
+        probe = (fits + beyond) // 2
+    return fits * tile
+
+
+@compiled
+def _chunk(tokens: float, shares: float, tile: int) -> float:
+    return float(max(np.floor(tokens / shares / tile), 1.0) * tile)
+
+
+@compiled
+def _choose(
+    coefficients: FloatArray,
+    factors: FloatArray,
+    decodes: float,
+    decode_context: float,
+    remaining: FloatArray,
+    context: FloatArray,
+    behind: float,
+    each: float,
+    limit_s: float,
+    tile: int,
+    most_tiles: int,
+    most_shares: float,
+) -> tuple[int, int, float]:
+    best_budget, best_chunk, best_s, best = 0, 0, 0.0, 0.0
+    shares = 1.0
+    while shares <= most_shares:
+        budget = _largest_budget(
+            *(coefficients, factors, decodes, decode_context, remaining, context, behind, each),
+            *(limit_s, tile, most_tiles, shares),
+        )
+        tokens = max(budget - decodes, 0.0)
+        chunk = float(budget) if shares == 1.0 else _chunk(tokens, shares, tile)
+        requests, computed, attention, gain = _load(remaining, context, behind, each, tokens, chunk)
+        seconds = _seconds(coefficients, factors, decodes, decode_context, requests, computed, attention)
+        # Without sharing the same tokens are of as many prompts as it takes to find them.
+        whole = _load(remaining, context, behind, each, computed, computed)[0]
+        whole_s = _seconds(coefficients, factors, decodes, decode_context, max(whole, 1.0), computed, attention)
+        value = gain / max(seconds, 1e-9) / (1.0 + COMPANY * shares * max(seconds / max(whole_s, 1e-9) - 1.0, 0.0))
+        if shares == 1.0 or value > WORTH * best:
+            best_budget, best_chunk, best_s, best = budget, int(chunk), seconds, value
+        if tokens <= 0.0 or len(remaining) + behind < 2.0:
+            break
+        shares *= 2.0
+    return best_budget, best_chunk, best_s

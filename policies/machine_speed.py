@@ -1,0 +1,124 @@
+"""How much slower or faster than its profile a machine is, from what it is seen to do."""
+
+import numpy as np
+
+from engine.compiled import compiled
+from engine.protocol import BatchComposition
+from envs.step_mean import FloatArray, step_parts
+from envs.step_time import StepTimeModel
+
+N_PARTS = 4
+SPEED_STEP = 0.003  # what the common speed may change by in one iteration, one standard deviation
+PART_ERROR = 0.3  # of a part of the profile, beside the common speed
+PART_MEMORY = 5_000.0  # iterations after which what was learned of a part is forgotten, unless it is seen again
+SLOWEST, FASTEST = 5.0, 0.2  # factors on the profile's times
+OUTLIER = 4.0  # standard deviations
+CHANGE, CHANGE_MEMORY = 1.6, 0.8  # of the mean normalised surprise; 5 standard deviations of it
+CHANGE_STEP = 0.15
+NOISE_MEMORY = 0.99
+LEAST_NOISE, MOST_NOISE = 0.005, 0.3
+
+
+class MachineSpeed:
+    """A Kalman filter for the factors on the parts of the profile's step time (`envs.step_mean.step_parts`).
+
+        factor_j = s + d_j      s a random walk, d_j -> 0 over `PART_MEMORY` iterations, of deviation `PART_ERROR`
+        measured / predicted = s + sum of share_j d_j + noise
+
+    with share_j part j's share of the time that the profile predicts. So the machine's speed is followed wherever it
+    goes, while a part that batches say nothing about returns to the profile: the estimate is bounded, and cannot drift
+    when nothing excites it (compare the standing prior of Ljung and Gunnarsson, Automatica 26(1), 1990). Surprises are
+    cut at `OUTLIER` deviations; a row of them to one side is a change, and opens the filter.
+    """
+
+    def __init__(self, step_time: StepTimeModel) -> None:
+        self._coefficients = step_time.coefficients
+        deviations = np.maximum(np.std(step_time.residuals, axis=1), LEAST_NOISE)
+        self._scalars = np.array([deviations[0] ** 2, deviations[1] ** 2, 0.0])  # noise variances, mean surprise
+        self._state = np.zeros(1 + N_PARTS)
+        self._state[0] = 1.0
+        self._covariance = np.diag([PART_ERROR**2] + [PART_ERROR**2] * N_PARTS)
+        self._gain = np.zeros(1 + N_PARTS)
+        self.factors = np.ones(N_PARTS)
+        self._profile_deviations = deviations
+
+    def observe(self, batch: BatchComposition, seconds: float) -> None:
+        """An iteration took `seconds`; no number of seconds above 0 says nothing."""
+        if not 0.0 < seconds < np.inf:
+            return
+        _observe(
+            *(self._coefficients, self._state, self._covariance, self._gain, self._scalars, self.factors),
+            *(*_load(batch), seconds),
+        )
+
+    def predicted_s(self, batch: BatchComposition) -> float:
+        """Mean seconds of an iteration, as the machine runs now."""
+        return float(np.dot(step_parts(self._coefficients, *_load(batch)), self.factors))
+
+    def noise(self, mixed: bool) -> float:
+        """Deviation of measured / predicted, as seen lately, over the profile's."""
+        return float(np.sqrt(self._scalars[int(mixed)]) / self._profile_deviations[int(mixed)])
+
+
+def _load(batch: BatchComposition) -> tuple[float, float, float, float, float]:
+    return (
+        float(batch.decode_tokens),
+        float(batch.decode_context_tokens),
+        float(batch.prefill_requests),
+        float(batch.prefill_tokens),
+        float(batch.prefill_attention_tokens2),
+    )
+
+
+@compiled
+def _observe(
+    coefficients: FloatArray,
+    state: FloatArray,
+    covariance: FloatArray,
+    gain: FloatArray,
+    scalars: FloatArray,
+    factors: FloatArray,
+    decodes: float,
+    decode_context: float,
+    requests: float,
+    tokens: float,
+    attention: float,
+    seconds: float,
+) -> None:
+    parts = step_parts(coefficients, decodes, decode_context, requests, tokens, attention)
+    predicted_s = parts[0] + parts[1] + parts[2] + parts[3]
+    n, regime, keep = N_PARTS + 1, int(tokens > 0.0), 1.0 - 1.0 / PART_MEMORY
+    for i in range(1, n):
+        state[i] *= keep
+        for j in range(n):
+            covariance[i, j] *= keep
+            covariance[j, i] *= keep
+        covariance[i, i] += (1.0 - keep * keep) * PART_ERROR**2
+    covariance[0, 0] += SPEED_STEP**2
+    # Row of the measurement: 1 for the speed, and each part's share of the predicted time.
+    expected = state[0]
+    for j in range(N_PARTS):
+        expected += parts[j] / predicted_s * state[1 + j]
+    spread = 0.0
+    for i in range(n):
+        gain[i] = covariance[i, 0]
+        for j in range(N_PARTS):
+            gain[i] += covariance[i, 1 + j] * parts[j] / predicted_s
+        spread += gain[i] * (1.0 if i == 0 else parts[i - 1] / predicted_s)
+    deviation = np.sqrt(spread + scalars[regime] * expected * expected)
+    surprise = min(max((seconds / predicted_s - expected) / deviation, -OUTLIER), OUTLIER)
+    for i in range(n):
+        state[i] += gain[i] * surprise / deviation
+    for i in range(n):
+        for j in range(n):
+            covariance[i, j] -= gain[i] * gain[j] / (deviation * deviation)
+    state[0] = min(max(state[0], FASTEST), SLOWEST)
+    for j in range(N_PARTS):
+        factors[j] = min(max(state[0] + state[1 + j], FASTEST), SLOWEST)
+    error = surprise * deviation / max(expected, FASTEST)
+    variance = NOISE_MEMORY * scalars[regime] + (1.0 - NOISE_MEMORY) * error * error
+    scalars[regime] = min(max(variance, LEAST_NOISE**2), MOST_NOISE**2)
+    scalars[2] = CHANGE_MEMORY * scalars[2] + (1.0 - CHANGE_MEMORY) * surprise
+    if abs(scalars[2]) > CHANGE:
+        covariance[0, 0] += CHANGE_STEP**2
+        scalars[2] = 0.0

@@ -1,0 +1,175 @@
+"""The knobs chosen for an outlook, held against the batches that the batching rule makes of all knobs."""
+
+import math
+
+import numpy as np
+import pytest
+
+from engine.batching import STALL_FREE, Limits, RequestArrays, empty_plan, form_batch
+from envs.step_time import StepTimeModel
+from policies.batch_choice import AS_PROFILED, SHARES, BatchChooser, Choice
+from policies.outlook import Outlook
+
+TILE, MOST = 16, 8192
+MODEL = StepTimeModel.from_formula(
+    (4.71e-3, 7.3e-6, 35e-9), (1.27e-3, 20.9e-6, 45.5e-9, 1.045e-9, 0.28e-3)
+)  # an H200 with a model of 7e9 parameters
+CHOOSER = BatchChooser(MODEL.coefficients, TILE, MOST)
+SEATS = 1200
+LIMIT_S = 0.04
+
+
+def outlook(decodes: int, *prompts: tuple[int, int], behind: int = 0, each: int = 0, context: int = 1000) -> Outlook:
+    return Outlook(decodes, decodes * context, prompts, behind, behind * each)
+
+
+def batch_s(state: Outlook, budget: int, chunk: int, newcomers: int = 0, model: StepTimeModel = MODEL) -> float:
+    """Mean seconds of the batch that the rule forms, should `newcomers` with endless prompts have come.
+
+    The listed prompts wait; where one has context the prefix cache holds it.
+    """
+    each = state.behind_tokens // max(state.behind_requests, 1)
+    prompts = [*state.prompts, *[(each, 0)] * state.behind_requests, *[(10 * MOST, 0)] * newcomers]
+    n = state.decodes + len(prompts)
+    ends = np.array([1] * state.decodes + [remaining + start for remaining, start in prompts])
+    starts = np.array([1] * state.decodes + [start for _, start in prompts])
+    zeros = np.zeros(n, np.int64)
+    requests = RequestArrays(starts, ends + 10, ends, zeros + 10**6, zeros, starts, zeros)
+    plan, running, waiting = empty_plan(SEATS), np.arange(state.decodes), np.arange(state.decodes, n)
+    limits = Limits(SEATS, MOST, 1, TILE, 1, 1)
+    n_decodes, n_prefills, n_admitted, _ = form_batch(
+        STALL_FREE, budget, chunk, False, 10**6, running, waiting, requests, limits, plan
+    )
+    rows = slice(n_decodes, n_decodes + n_prefills + n_admitted)
+    chunks, contexts = plan.tokens[rows], starts[plan.slots[rows]]
+    attention = float(np.sum(chunks * (contexts + 0.5 * chunks)))
+    return model.mean_s(n_decodes, state.decode_context_tokens, len(chunks), int(chunks.sum()), attention)
+
+
+def choose(state: Outlook, limit_s: float, share: bool = False) -> Choice:
+    return CHOOSER.choose(state, limit_s, AS_PROFILED, share)
+
+
+def random_outlook(rng: np.random.Generator, behind: bool) -> Outlook:
+    lengths = np.exp(rng.uniform(np.log(5), np.log(20_000), rng.integers(0, 17))).astype(int)
+    prompts = [(int(n), int(rng.integers(1, 30_000) * rng.integers(0, 2))) for n in lengths]
+    n_behind = int(rng.integers(0, 40)) if behind else 0
+    return outlook(int(rng.integers(0, 256)), *prompts, behind=n_behind, each=int(rng.integers(50, 3000)))
+
+
+def test_the_budget_is_the_largest_whole_tile_whose_batch_fits_newcomers_included() -> None:
+    rng = np.random.default_rng(0)
+    chosen = []
+    for _ in range(100):
+        state, limit_s = random_outlook(rng, behind=False), float(rng.uniform(0.008, 0.1))
+        budget, chunk, step_s = choose(state, limit_s)
+        fits = [b for b in range(TILE, MOST + 1, TILE) if batch_s(state, b, b, newcomers=1) <= limit_s]
+        assert budget == max(fits, default=0), state
+        assert chunk == budget
+        if budget:
+            assert step_s == pytest.approx(batch_s(state, budget, chunk), rel=1e-9)
+        chosen.append(budget)
+    assert len(set(chosen)) > 60
+    assert 0 in chosen or min(chosen) < 100
+
+
+def test_prompts_that_are_only_counted_are_taken_to_be_alike() -> None:
+    """The batch is never longer than the limit, and at most three tiles more would have fitted: the last of them."""
+    rng = np.random.default_rng(1)
+    for _ in range(60):
+        state, limit_s = random_outlook(rng, behind=True), float(rng.uniform(0.008, 0.1))
+        budget, _, step_s = choose(state, limit_s)
+        more = min(budget + 4 * TILE, MOST)
+        assert batch_s(state, more, more, newcomers=1) > limit_s or budget == MOST
+        if budget:
+            assert batch_s(state, budget, budget, newcomers=1) <= limit_s
+            assert batch_s(state, budget, budget) <= step_s * (1 + 1e-9)
+
+
+def test_with_shares_too_the_budget_is_the_largest_whose_batch_fits() -> None:
+    rng = np.random.default_rng(2)
+    shared = 0
+    for _ in range(100):
+        state, limit_s = random_outlook(rng, behind=False), float(rng.uniform(0.008, 0.1))
+        budget, chunk, step_s = choose(state, limit_s, share=True)
+        if chunk == budget:
+            assert (budget, chunk, step_s) == choose(state, limit_s)
+            continue
+        shared += 1
+        assert batch_s(state, budget, chunk, newcomers=9) <= limit_s
+        assert step_s == pytest.approx(batch_s(state, budget, chunk), rel=1e-9)
+        tokens = budget - state.decodes
+        shares = [n for n in (2, 4, 8) if chunk == max(tokens // n // TILE, 1) * TILE]
+        wider = budget + 2 * TILE
+        chunks = [max((wider - state.decodes) // n // TILE, 1) * TILE for n in shares]
+        assert shares and max(shares) <= SHARES
+        # The last newcomer's chunk counts as a whole one.
+        slack_s = 1.045e-9 * chunk**2 / 8
+        assert any(batch_s(state, wider, c, newcomers=9) > limit_s - slack_s for c in chunks)
+    assert shared > 20
+
+
+@pytest.mark.parametrize("n", [1, 2, 8, 16])
+@pytest.mark.parametrize("prompt", [(20, 0), (300, 0), (3000, 0), (20_000, 50_000)])
+def test_one_prompt_and_equal_prompts_are_served_one_after_the_other(n: int, prompt: tuple[int, int]) -> None:
+    choice = choose(outlook(50, *[prompt] * n, behind=50 if n == 16 else 0, each=prompt[0]), LIMIT_S, share=True)
+    assert choice.chunk_tokens == choice.budget_tokens > 500
+
+
+@pytest.mark.parametrize("shorts", [1, 6])
+@pytest.mark.parametrize("context", [0, 20_000])
+def test_short_prompts_are_let_past_a_long_one_under_way(shorts: int, context: int) -> None:
+    state = outlook(50, (20_000, context), *[(300, 0)] * shorts)
+    budget, chunk, step_s = choose(state, LIMIT_S, share=True)
+    assert chunk <= budget / 2
+    assert budget - 50 - chunk >= 300, "room for a short one beside it"
+    assert step_s <= LIMIT_S
+    alone = choose(state, LIMIT_S)
+    assert alone.chunk_tokens == alone.budget_tokens, "unless chunks may not be small"
+
+
+def test_prompts_do_not_share_a_batch_where_their_pieces_cost_more_than_they_gain() -> None:
+    """Those that wait all feel what each piece costs; where a piece costs nothing, sharing is free."""
+    state = outlook(50, (1300, 0), *[(50, 0)] * 15)
+    free_pieces = StepTimeModel.from_formula(
+        (4.71e-3, 7.3e-6, 35e-9), (1.27e-3, 20.9e-6, 45.5e-9, 1.045e-9, 0.0)
+    ).coefficients
+    dear = choose(state, LIMIT_S, share=True)
+    free = BatchChooser(free_pieces, TILE, MOST).choose(state, LIMIT_S, AS_PROFILED, share=True)
+    assert dear.chunk_tokens == dear.budget_tokens
+    assert free.chunk_tokens < free.budget_tokens / 2
+
+
+def test_without_a_limit_everything_fits() -> None:
+    assert choose(outlook(0, (20_000, 0)), math.inf, share=True)[:2] == (MOST, MOST)
+    assert choose(outlook(200, (20_000, 90_000), behind=9, each=7), math.inf).budget_tokens == MOST
+
+
+@pytest.mark.parametrize("limit_s", [0.003, 0.0, -1.0, math.nan])
+@pytest.mark.parametrize("state", [outlook(50, (20_000, 0)), outlook(250, (90, 0), (80, 0)), outlook(50)])
+def test_where_no_batch_fits_the_budget_is_0(state: Outlook, limit_s: float) -> None:
+    assert choose(state, limit_s, share=True)[:2] == (0, 0)
+
+
+def test_without_prompts_the_budget_is_for_one_that_may_come() -> None:
+    budget, chunk, step_s = choose(outlook(50), LIMIT_S, share=True)
+    assert budget == chunk
+    assert batch_s(outlook(50), budget, budget, newcomers=1) <= LIMIT_S < batch_s(outlook(50), budget + TILE, MOST, 1)
+    assert step_s == pytest.approx(MODEL.mean_s(50, 50_000, 0, 0, 0.0)), "of what is known to wait"
+
+
+def test_a_slower_machine_gets_the_budget_of_a_slower_profile() -> None:
+    state = outlook(50, (20_000, 3000), (500, 0))
+    slow = BatchChooser(MODEL.scaled(1.4).coefficients, TILE, MOST).choose(state, LIMIT_S, AS_PROFILED, True)
+    followed = CHOOSER.choose(state, LIMIT_S, 1.4 * AS_PROFILED, True)
+    assert followed[:2] == slow[:2]
+    assert followed.step_s == pytest.approx(slow.step_s)
+    only_attention = CHOOSER.choose(state, LIMIT_S, np.array([1.0, 1.0, 1.0, 3.0]), False)
+    assert slow.budget_tokens < only_attention.budget_tokens < choose(state, LIMIT_S).budget_tokens
+
+
+def test_the_seconds_of_a_budget_are_those_of_what_is_known_to_wait() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        state, budget = random_outlook(rng, behind=False), int(rng.integers(1, MOST // TILE)) * TILE
+        assert CHOOSER.step_s(state, budget, AS_PROFILED) == pytest.approx(batch_s(state, budget, budget), rel=1e-9)
