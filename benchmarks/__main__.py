@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-SCRIPTS = ("telemetry_cost", "decision_round_trip", "knobs_share", "simulator_speed", "ablation")
+SCRIPTS = ("telemetry_cost", "decision_time", "decision_round_trip", "knobs_share", "simulator_speed", "ablation")
 
 
 def main() -> int:

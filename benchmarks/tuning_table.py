@@ -9,9 +9,7 @@ at one rate. What an interrupted call left in --out is not done again.
 """
 
 import argparse
-import json
 import math
-import os
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -19,18 +17,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from benchmarks.capacity_table import DECODE_ONLY_S, MAX_PROMPT_TOKENS, MIXED_S, NOISE, REQUESTS, SLOS_MS, TABLE, draw
 from benchmarks.report import report
+from benchmarks.tasks import Done, Result
 from engine.config import EngineConfig
 from envs.simulator import Plant
 from envs.slo import Slo
 from envs.step_time import StepTimeModel
 from envs.trace import Workload, make_workload
 from profiles.capacity import rough_capacity
-from profiles.parallel import in_parallel, worker_pool
+from profiles.parallel import worker_pool
 from profiles.tune_baselines import Verdict
 from profiles.tune_objective import TOLERANCE, Evaluation, Problem
 from profiles.tune_space import Candidate
@@ -87,16 +85,20 @@ class Climb(NamedTuple):
     problem: Problem
     seed: int
 
-    def do(self) -> tuple[list[float], int]:
+    def key(self) -> str:
+        return f"{self.problem.digest()} {self.seed} {LADDER}"
+
+    def do(self) -> Result:
         """The capacity at each budget, and the runs in all."""
         near = rough_capacity(self.problem.plant, self.problem.workloads[self.seed])
-        capacities, runs = [], 0
+        found: Result = {}
+        runs = 0
         for budget in ladder():
             evaluation = Evaluation(self.problem, Candidate(f"static:budget={budget}", self.most))
-            capacities.append(evaluation.capacity(self.seed, near))
-            near = capacities[-1] or near
+            found[str(budget)] = evaluation.capacity(self.seed, near)
+            near = found[str(budget)] or near
             runs += evaluation.runs
-        return capacities, runs
+        return {**found, "runs": runs}
 
     @property
     def most(self) -> int:
@@ -127,7 +129,7 @@ def main() -> None:
         cells=len(cells),
         cells_ok=sum(cell.ok for cell in cells),
         no_worse_than_random=no_worse,
-        better_than_random=sum(cell.verdict.beaten for cell in cells),
+        better_than_random=sum(cell.verdict.beaten is True for cell in cells),
         worst_cost=max(cell.cost for cell in cells),
         workloads="presets" if args.traces is None else "traces",
     )
@@ -141,53 +143,23 @@ def measure(args: argparse.Namespace) -> list[Cell]:
         (name, slo_ms): Problem(PLANT, {seed: loads[name, seed] for seed in seeds}, Slo(tbt_s=slo_ms / 1e3))
         for name, slo_ms in product(TABLE, SLOS_MS)
     }
-    console, processes = Console(stderr=True), os.cpu_count() or 1
-    with worker_pool(processes) as pool:
+    console = Console(stderr=True)
+    with worker_pool() as pool:
         url = f"sqlite:///{(args.out / 'study.db').resolve()}"
-        tuner = Tuner(url, pool, processes, args.seed, args.trials, lambda: math.inf, console, RUNS)
+        tuner = Tuner(url, pool, args.seed, args.trials, lambda: math.inf, console, RUNS)
         verdicts = {}
         for cell, problem in problems.items():
             console.print(f"{cell[0]}, {cell[1]} ms")
             verdicts[cell] = tuner.static(problem, budget_only=True)
-        climbs = [Climb(problem, seed) for problem in problems.values() for seed in seeds]
-        known = Known(args.out / LADDER_FILE)
-        missing = [climb for climb in climbs if climb not in known]
-        for number, (capacities, runs) in track(
-            in_parallel(pool, Climb.do, missing), "exhaustive grid", len(missing), console=console
-        ):
-            known.add(missing[number], capacities, runs)
-    return [
-        Cell(*cell, *known.ladder([Climb(problem, seed) for seed in seeds]), verdicts[cell])
-        for cell, problem in problems.items()
-    ]
+        done = Done(pool, args.out / LADDER_FILE)
+        climbs = iter(done.do([Climb(problem, seed) for problem in problems.values() for seed in seeds], "ladder"))
+    return [Cell(*cell, *summed([next(climbs) for _ in seeds]), verdicts[cell]) for cell in problems]
 
 
-class Known:
-    """The climbs done so far, in a file of JSON lines; one cut short is done again."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        path.touch()
-        lines = (line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n"))
-        self._known: dict[str, tuple[list[float], int]] = {key: (c, r) for key, c, r in map(json.loads, lines)}
-
-    def __contains__(self, climb: Climb) -> bool:
-        return _key(climb) in self._known
-
-    def add(self, climb: Climb, capacities: list[float], runs: int) -> None:
-        self._known[_key(climb)] = capacities, runs
-        with self._path.open("a") as file:
-            file.write(json.dumps([_key(climb), capacities, runs]) + "\n")
-
-    def ladder(self, climbs: list[Climb]) -> tuple[dict[int, float], int]:
-        """Means over the climbs, and their cost."""
-        done = [self._known[_key(climb)] for climb in climbs]
-        means = np.mean([capacities for capacities, _ in done], axis=0)
-        return dict(zip(ladder(), means.tolist(), strict=True)), sum(runs for _, runs in done)
-
-
-def _key(climb: Climb) -> str:
-    return f"{climb.problem.digest()} {climb.seed} {LADDER}"
+def summed(climbs: list[Result]) -> tuple[dict[int, float], int]:
+    """Mean capacities over the climbs, and their cost."""
+    means = {budget: float(np.mean([climb[str(budget)] for climb in climbs])) for budget in ladder()}
+    return means, int(sum(climb["runs"] for climb in climbs))
 
 
 def ladder() -> list[int]:
