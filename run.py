@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine import flags
 from engine.link import CurveKeys, Endpoints
@@ -31,12 +31,12 @@ RESTART_S = 1.0  # a controller that dies at once is not started more often
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `pacer` command; returns the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    args = _parser().parse_args(argv)
     try:
+        args = _parser().parse_args(argv)
         return int(args.run(args))
     except KeyboardInterrupt:
         return 130
-    except (ValueError, ConnectionError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"pacer {args.verb}: {error}", file=sys.stderr)
         return REFUSED
 
@@ -80,7 +80,7 @@ def _controller(parser: Parser) -> None:
     flags.add_tuned_flag(parser)
     add("--policy", help=f"with parameters as in pid:set_point=0.9; default: pid; one of {', '.join(LAWS)}")
     add("--slo", help='the promise in milliseconds, as in "tbt:100"')
-    add("--profile", type=Path, help="step-time model of the machine, as JSON; for policies that predict")
+    add("--profile", type=Path, help="step-time model of the machine, for policies that predict; default: of --tuned")
     add("--journal", type=Path, help="folder for every decision with its telemetry, as Parquet")
     if "--name" not in parser._option_string_actions:
         add(
@@ -109,7 +109,7 @@ def _load(parser: Parser) -> None:
     add("--num-prompts", type=int, help="number of requests, where the arrivals do not fix it")
     add("--max-model-len", type=int, help="leave out requests longer than this")
     add("--text", action="store_true", help="send words, for endpoints that refuse token ids (lengths are approximate)")
-    add("--goodput", metavar="SLO", help='in milliseconds, as in "ttft:2000 tbt:100"; also tpot, e2el')
+    add("--goodput", metavar="SLO", help='in milliseconds, as in "ttft:2000 tbt:100"; also tpot, deadline, e2el')
     add("--grace", type=float, default=60.0, help="seconds after the last arrival until the rest counts as unfinished")
     add("--seed", type=int, default=0)
     add("--save-result", type=Path, metavar="FILE", help="write the figures as JSON, in vllm bench serve's keys")
@@ -159,8 +159,8 @@ def _control(args: argparse.Namespace) -> int:
 
     engines = [_endpoints(args, name) for name in args.engine or ["pacer"]]
     tuned = flags.tuned(args)
-    policy, slo = (tuned.policy, tuned.slo) if tuned else (args.policy or "pid", args.slo)
-    law = parse_law(policy, Slo.parse(slo) if slo else None, _step_time(args.profile))
+    policy, slo, model = (tuned.policy, tuned.slo, tuned.step_time) if tuned else (args.policy or "pid", args.slo, None)
+    law = parse_law(policy, Slo.parse(slo) if slo else None, _step_time(args.profile, model))
     admit = tuned.check_bounds if tuned else None
     return run(SidecarOptions(engines, law, args.journal, args.socket_dir, _keys(args), time.monotonic_ns, admit))
 
@@ -280,12 +280,12 @@ def _tcp(addresses: str) -> Endpoints:
     return Endpoints(telemetry, knobs)
 
 
-def _step_time(profile: Path | None) -> "StepTimeModel | None":
-    if profile is None:
-        return None
+def _step_time(profile: Path | None, tuned: dict[str, Any] | None) -> "StepTimeModel | None":
     from envs.step_time import StepTimeModel  # noqa: PLC0415
 
-    return StepTimeModel.load(profile)
+    if profile is not None:
+        return StepTimeModel.load(profile)
+    return None if tuned is None else StepTimeModel.of(tuned)
 
 
 def _keys(args: argparse.Namespace) -> CurveKeys | None:

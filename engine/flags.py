@@ -1,6 +1,7 @@
 """The engine's command-line flags, in vLLM's words where it has them, and what they ask for."""
 
 import argparse
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ import msgspec
 
 from engine.config import EngineConfig, ModelSource
 from engine.shapes import source_model
-from engine.tuned import Tuned, facts_of, model_of
+from engine.tuned import EngineFacts, Tuned, facts_of, model_of
+
+logger = logging.getLogger(__name__)
 
 CUDA_BUDGET_TOKENS = 2048
 """Fallback token budget on a GPU, where nothing has been tuned: the larger of the two that Sarathi-Serve uses."""
@@ -65,7 +68,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_tuned_flag(parser: argparse.ArgumentParser) -> None:
     """For verbs of the engine and of the controller, once each."""
     if "--tuned" not in parser._option_string_actions:
-        text = "what `pacer tune` wrote: budget, chunk, max seqs, policy and promise where no other flag says otherwise"
+        text = "what `pacer tune` wrote: knobs, max seqs, policy, promise, step-time model; any flag that is given wins"
         parser.add_argument("--tuned", type=Path, metavar="FILE", help=text)
 
 
@@ -76,17 +79,17 @@ def tuned(args: argparse.Namespace) -> Tuned | None:
     """
     if args.tuned is None:
         return None
-    found, said = Tuned.load(args.tuned), vars(args)
-    budget = said.get("budget") or found.budget_tokens
-    chunk = said.get("chunk") or (budget if said.get("budget") else found.chunk_tokens)
-    return msgspec.structs.replace(
-        found,
-        budget_tokens=budget,
-        chunk_tokens=min(chunk, budget),
-        max_requests=said.get("max_num_seqs") or found.max_requests,
-        policy=said.get("policy") or found.policy,
-        slo=said.get("slo") or found.slo,
-    )
+    flags = {
+        "budget": "budget_tokens",
+        "chunk": "chunk_tokens",
+        "max_num_seqs": "max_requests",
+        "policy": "policy",
+        "slo": "slo",
+    }
+    said = {field: vars(args)[flag] for flag, field in flags.items() if vars(args).get(flag) is not None}
+    if "budget_tokens" in said:
+        said.setdefault("chunk_tokens", said["budget_tokens"])
+    return msgspec.structs.replace(Tuned.load(args.tuned), **said)
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
@@ -110,7 +113,9 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
         **(sizes | knobs),
     )
     if found is not None:
-        found.check(facts_of(model_source(args), config))
+        found.check(facts_of(model_source(args), config), config)
+        if found.engine == EngineFacts():
+            logger.warning("%s does not tell which device and model it is for: only sizes are checked", args.tuned)
     return config
 
 

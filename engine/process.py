@@ -141,7 +141,7 @@ def main(
             runner, config = load_runner(source, config, clock)
             opened.callback(runner.close)
             if tuned is not None:
-                tuned.check(engine_facts(source, config, runner.attention_name))
+                tuned.check(engine_facts(source, config, runner.attention_name), config)
             _warm_up(config, runner, clock)
             engine_id = f"{config.name}-{clock():x}"  # the clock has moved on since any earlier start
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

@@ -15,6 +15,7 @@ from engine.protocol import Bounds
 VERSION = 1
 SUFFIX = ".tuned.json"
 BUILT_IN = "pacer-26m"
+LEAST_KV_SHARE = 0.95  # of the KV cache tuned for: what a GPU's memory holds differs a little from start to start
 
 
 class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,8 +30,14 @@ class EngineFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def of(cls, provenance: dict[str, Any]) -> "EngineFacts":
-        """Those that a step-time model's provenance tells; a model made of recordings tells few or none."""
-        return cls(**{name: provenance.get(name) for name in cls.__struct_fields__})
+        """Those that a step-time model's provenance tells; a model made of recordings tells few or none.
+
+        Raises ValueError naming a fact of a wrong type.
+        """
+        try:
+            return msgspec.convert({name: provenance.get(name) for name in cls.__struct_fields__}, cls)
+        except msgspec.ValidationError as error:
+            raise ValueError(f"the step-time model's provenance: {error}: make it again with pacer profile") from error
 
 
 class _Versioned(msgspec.Struct):
@@ -41,8 +48,10 @@ class Tuned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Knobs and laws tuned for the promise `slo` (text of `envs.slo.Slo`) on the engine that `engine` describes.
 
     `policy` is the law to run and `laws` has the best of each kind by its name, both as `--policy` takes them.
-    `max_requests` is the engine's --max-num-seqs. `provenance` tells from what all this was found, and how good it is.
-    Raises ValueError for knobs that no engine could take.
+    `max_requests` is the engine's --max-num-seqs. `schedule`, `tile_tokens`, `kv_tokens` (room in the KV cache) and
+    `max_model_tokens` are those of the engine tuned for; "" or 0: not known, and not checked. `step_time` describes its
+    step-time model (text of `envs.step_time.Description`), for laws that predict. `provenance` tells from what all this
+    was found, and how good it is. Raises ValueError for knobs that no engine could take.
     """
 
     version: int = VERSION
@@ -53,7 +62,12 @@ class Tuned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     laws: dict[str, str] = {}
     slo: str
     engine: EngineFacts = EngineFacts()
+    schedule: str = ""
+    tile_tokens: int = 0
+    kv_tokens: int = 0
+    max_model_tokens: int = 0
     provenance: dict[str, Any] = {}
+    step_time: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.chunk_tokens <= self.budget_tokens:
@@ -64,15 +78,17 @@ class Tuned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
         if self.max_requests < 1:
             raise ValueError(f"max_requests is {self.max_requests}; it must be at least 1")
 
-    def check(self, running: EngineFacts) -> None:
-        """Raises ValueError naming every fact that both know and that differs, and the remedy."""
+    def check(self, running: EngineFacts, config: EngineConfig) -> None:
+        """Whether an engine that is asked for, or loaded, is the one: ValueError naming all that is known and differs.
+
+        `config` may leave KV blocks open. A shorter longest request, or more KV cache, only makes the promise easier.
+        """
         pairs = [(name, getattr(self.engine, name), getattr(running, name)) for name in running.__struct_fields__]
+        pairs.append(("schedule", self.schedule or None, config.schedule))
         differ = [f"{name} {a!r}, not {b!r}" for name, a, b in pairs if None not in (a, b) and a != b]
-        if differ:
-            raise ValueError(
-                f"the tuned knobs are for {'; '.join(differ)}: start the engine they were tuned for, or tune for this "
-                "one with pacer profile and pacer tune"
-            )
+        if 0 < self.max_model_tokens < config.max_model_tokens:
+            differ.append(f"max_model_tokens {self.max_model_tokens}, not {config.max_model_tokens}")
+        self._refuse(differ + self._other_sizes(config.bounds))
 
     def check_bounds(self, bounds: Bounds) -> None:
         """Whether an engine that runs with these `bounds` can be the one: ValueError naming what differs."""
@@ -87,6 +103,22 @@ class Tuned(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             raise ValueError(
                 f"tuned for max_requests {self.max_requests}, but the running engine has {bounds.max_requests}: start "
                 "it with the same --tuned file, or control it by --policy and --slo"
+            )
+        self._refuse(self._other_sizes(bounds))
+
+    def _other_sizes(self, bounds: Bounds) -> list[str]:
+        differ = []
+        if self.tile_tokens not in (0, bounds.tile_tokens):
+            differ.append(f"tile_tokens {self.tile_tokens}, not {bounds.tile_tokens}")
+        if 0 < bounds.kv_tokens < LEAST_KV_SHARE * self.kv_tokens:
+            differ.append(f"kv_tokens {self.kv_tokens}, not {bounds.kv_tokens}")
+        return differ
+
+    def _refuse(self, differ: list[str]) -> None:
+        if differ:
+            raise ValueError(
+                f"the tuned knobs are for {'; '.join(differ)}: start the engine they were tuned for, or tune for this "
+                "one with pacer profile and pacer tune"
             )
 
     def save(self, path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from profiles.tune_objective import TOLERANCE, Score
-from profiles.tune_study import Limit, Progress, Search
+from profiles.tune_objective import TOLERANCE, TTFT_SHARE, Score
+from profiles.tune_study import Kind, Limit, Progress, Search
 
 
 class Verdict(NamedTuple):
@@ -24,18 +24,36 @@ class Verdict(NamedTuple):
     guess: Score
 
     @property
-    def beaten(self) -> bool:
-        """Whether the tuner found more than random search, by more than the search for a capacity can tell."""
-        return _capacity(self.tuned) > _capacity(self.random) * (1 + TOLERANCE / 2)
+    def best(self) -> Score | None:
+        """Of all three; the tuner's unless another is better by more than the search for a capacity can tell."""
+        found = [progress.best for progress in (self.random, self.grid) if progress.best is not None]
+        better = [score for score in found if _more(score.capacity, _capacity(self.tuned))]
+        return max(better, key=lambda score: score.capacity, default=self.tuned.best)
+
+    @property
+    def beaten(self) -> bool | None:
+        """Whether the tuner found more than random search, likewise; None if that had less to spend."""
+        if self.random.runs < self.tuned.runs and self.random.trials < self.tuned.runs:
+            return None
+        return _more(_capacity(self.tuned), _capacity(self.random))
 
     @property
     def text(self) -> str:
-        tuned, other = _capacity(self.tuned), _capacity(self.random)
-        against = f"{tuned:.3f} req/s against {other:.3f} of random search with {self.random.runs} runs"
-        if self.beaten:
-            return f"{self.law}: the tuner beat random search: {against}"
-        worse = tuned < other * (1 - TOLERANCE / 2)
-        return f"{self.law}: the tuner DID NOT BEAT random search ({'worse' if worse else 'equal'}): {against}"
+        tuned, random, grid = (_capacity(progress) for progress in (self.tuned, self.random, self.grid))
+        runs = f"{self.random.runs} runs"
+        against = f"{tuned:.3f} req/s against {random:.3f} of random search with {runs}"
+        if not self.tuned.trials:
+            text = "no trial ended in time: give a longer --timeout"
+        elif self.best is None:
+            text = f"no trial keeps the SLO at {TTFT_SHARE:.0%} of the guess's capacity"
+        elif self.beaten is None:
+            text = f"not compared with random search, which had {runs} of {self.tuned.runs}: give a longer --timeout"
+        elif self.beaten:
+            text = f"the tuner beat random search: {against}"
+        else:
+            worse = _more(random, tuned)
+            text = f"the tuner DID NOT BEAT random search ({'worse' if worse else 'equal'}): {against}"
+        return f"{self.law}: {text}" + (f"; THE GRID FOUND MORE: {grid:.3f}" if _more(grid, max(tuned, random)) else "")
 
 
 def random_search(tuned: Search, cost: Progress) -> Search:
@@ -43,23 +61,27 @@ def random_search(tuned: Search, cost: Progress) -> Search:
     return _baseline(tuned, "random", cost)
 
 
-def grid_search(tuned: Search, cost: Progress) -> Search:
-    """As `random_search`; begin it with `grid_points`."""
-    return _baseline(tuned, "grid", cost)
+def grid_search(tuned: Search, cost: Progress) -> tuple[Search, list[dict[str, float]]]:
+    """As `random_search`, and the points to begin it with.
 
-
-def grid_points(tuned: Search, cost: Progress) -> list[dict[str, float]]:
-    """A full grid of as many points as the tuner had trials, in random order, so that one cut short is no worse."""
-    points = tuned.objective.space.grid(cost.trials)
+    They are a full grid of as many as the tuner had trials, in random order, so that one cut short is no worse. Another
+    number of points is another grid, with a study of its own.
+    """
+    points = tuned.objective.space.grid(min(cost.trials, tuned.limit.trials))
     order = np.random.default_rng(tuned.seed).permutation(len(points))
-    return [points[i] for i in order]
+    search = _baseline(tuned, "grid", cost)
+    return replace(search, name=f"{search.name}-{len(points)}"), [points[i] for i in order]
 
 
-def _baseline(tuned: Search, kind: str, cost: Progress) -> Search:
-    assert kind in ("random", "grid")
+def _baseline(tuned: Search, kind: Kind, cost: Progress) -> Search:
     name = re.sub("^tuned", kind, tuned.name)
-    return replace(tuned, name=name, kind=kind, limit=Limit(max(cost.runs, 1), cost.runs))  # type: ignore[arg-type]
+    return replace(tuned, name=name, kind=kind, limit=Limit(max(cost.runs, 1), cost.runs))
 
 
 def _capacity(progress: Progress) -> float:
     return progress.best.capacity if progress.best else 0.0
+
+
+def _more(capacity: float, other: float) -> bool:
+    """By more than the search for a capacity can tell."""
+    return capacity > other * (1 + TOLERANCE / 2)

@@ -9,12 +9,12 @@ import argparse
 import importlib.metadata
 import math
 import signal
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import optuna
 import zmq
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from rich.console import Console
 
@@ -22,7 +22,9 @@ from engine.link import ControllerLink, CurveKeys, Endpoints
 from engine.protocol import VERSION, Knobs, Telemetry
 from engine.tuned import SUFFIX, Tuned
 from envs.slo import Slo
+from profiles.tune_flags import check_limits
 from profiles.tune_report import write_report
+from profiles.tune_storage import open_storage, storage_errors
 from profiles.tune_windows import LiveTuner, Window, tbt_bound_s
 
 TICK_S = 0.2  # how often signals are looked after when no telemetry comes
@@ -39,8 +41,7 @@ class LiveStudy:
         self.windows: list[Window] = []
         self._bound_s, self._bounds = tbt_bound_s(slo), bounds
         self._trial: optuna.Trial | None = None
-        # Not `open_storage`: trials that are asked for one by one have no heartbeat, and are never begun again.
-        self._study = optuna.create_study(storage=url, study_name=name, directions=("maximize", "minimize"))
+        self._study = optuna.create_study(storage=_storage(url), study_name=name, directions=("maximize", "minimize"))
         self._study.set_metric_names(list(METRICS))
 
     def begun(self, budget_tokens: int) -> None:
@@ -114,15 +115,15 @@ def run_live(
 ) -> int:
     """Tune, print the windows, write the tuned knobs and the report to `--out`; returns the exit status.
 
-    It is 1 if no window judged a budget in time, and 130 if interrupted before the end: the engine then goes back to
-    its own knobs. `clock` is monotonic, in ns.
+    It is 1 if no budget that was measured keeps the promise, and 130 if interrupted before the end: the engine then
+    goes back to its own knobs. `clock` is monotonic, in ns. Raises ValueError for flags and a storage that will not do.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    check_limits(args)
     slo = Slo.parse(args.slo)
     tbt_bound_s(slo)  # refused before anything begins
     args.out.mkdir(parents=True, exist_ok=True)
     url = args.storage or f"sqlite:///{(args.out / 'study.db').resolve()}"
+    _storage(url)  # likewise
     console = Console()
     studies: list[LiveStudy] = []
 
@@ -137,49 +138,78 @@ def run_live(
 
         return LiveTuner(first, slo, args.trials, study.begun, ended)
 
-    stopping: list[bool] = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.append(True))
-    end_ns = clock() + (args.timeout or math.inf) * 1e9
+    stopping = _signals()
+    end_ns = clock() + (math.inf if args.timeout is None else args.timeout) * 1e9
     link = ControllerLink(zmq.Context(), [engine], keys)
     session = Session(link, clock, make)
     try:
-        session.run(lambda tuner: not stopping and clock() < end_ns and not (tuner and tuner.done))
+        with storage_errors(url):
+            session.run(lambda tuner: not stopping and clock() < end_ns and not (tuner and tuner.done))
         if stopping:
             return 130
-        return _conclude(session, studies, args, url, date, console) or _hold(session, args, stopping, console)
+        if reason := _failure(session.tuner, slo):
+            console.print(f"{reason} Nothing is written: the engine goes back to its own knobs.", soft_wrap=True)
+            return 1
+        tuned = _conclude(session, studies[0], args, url, date, console)
+        if args.hold:
+            console.print(f"Holding {tuned.budget_tokens} tokens until Ctrl-C.")
+            session.run(lambda _: not stopping)
+        return 0
     finally:
         link.close()
-        for study in studies:
-            study.close()
+        with storage_errors(url):
+            for study in studies:
+                study.close()
 
 
-def _hold(session: Session, args: argparse.Namespace, stopping: list[bool], console: Console) -> int:
-    assert session.tuner is not None
-    if args.hold:
-        console.print(f"Holding {session.tuner.budget_tokens} tokens until Ctrl-C.")
-        session.run(lambda _: not stopping)
-    return 0
+def _signals() -> list[bool]:
+    """Has an element for every SIGINT and SIGTERM from now on."""
+    heard: list[bool] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: heard.append(True))
+    return heard
+
+
+def _storage(url: str) -> RDBStorage:
+    """Trials that are asked for one by one have no heartbeat, and are never begun again."""
+    return open_storage(url, heartbeat=False)
+
+
+def _failure(tuner: LiveTuner | None, slo: Slo) -> str:
+    """Why nothing was found, and the remedy; "" if something was."""
+    if tuner is None or tuner.edge_tokens is None:
+        return "No window judged a budget. It needs time, and traffic."
+    if tuner.hopeless:
+        return (
+            f"No budget keeps {slo} on this engine, not even its least, {tuner.budget_tokens} tokens: take a weaker "
+            "--slo, or start it with a lower --min-budget."
+        )
+    if tuner.best_tokens is None:
+        return (
+            f"No budget that was measured keeps {slo}; one near {tuner.edge_tokens:.0f} tokens might: give more "
+            "--trials or --timeout, and traffic."
+        )
+    return ""
 
 
 def _conclude(
-    session: Session, studies: list[LiveStudy], args: argparse.Namespace, url: str, date: str, console: Console
-) -> int:
+    session: Session, study: LiveStudy, args: argparse.Namespace, url: str, date: str, console: Console
+) -> Tuned:
+    """Write what was found, and answer with it from now on."""
     tuner, first = session.tuner, session.first
-    if tuner is None or first is None or tuner.edge_tokens is None:
-        console.print("No window judged a budget: the engine goes back to its own knobs. It needs time, and traffic.")
-        return 1
-    study = studies[0]
+    assert tuner is not None and first is not None, "something was found"
+    tuner.end()
     tuned, path = _tuned(tuner, first, study, args, date), args.out / f"live{SUFFIX}"
     tuned.save(path)
-    write_report(url, [study.name], tuned, args.out / "report.html")
+    report = args.out / "live.report.html"  # beside that of a tuning in simulation
+    write_report(url, [study.name], tuned, report)
     settled = "" if tuner.settled else " It has not settled: give more --timeout or --trials."
     console.print(
-        f"Tuned to {tuned.budget_tokens} tokens: {path}; report: {args.out / 'report.html'}.{settled} The engine's own "
-        f"knobs are back after its --knobs-ttl: hold these with pacer control --tuned {path}, or start it so.",
+        f"Tuned to {tuned.budget_tokens} tokens: {path}; report: {report}.{settled} The engine's own knobs are back "
+        f"after its --knobs-ttl: hold these with pacer control --tuned {path}, or start it so.",
         soft_wrap=True,
     )
-    return 0
+    return tuned
 
 
 def _tuned(tuner: LiveTuner, first: Telemetry, study: LiveStudy, args: argparse.Namespace, date: str) -> Tuned:
@@ -191,6 +221,8 @@ def _tuned(tuner: LiveTuner, first: Telemetry, study: LiveStudy, args: argparse.
         budget_tokens=budget,
         chunk_tokens=budget,
         max_requests=first.bounds.max_requests,
+        tile_tokens=first.bounds.tile_tokens,
+        kv_tokens=first.bounds.kv_tokens,
         policy=policy,
         laws={"static": policy},
         slo=str(slo),

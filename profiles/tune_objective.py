@@ -153,7 +153,8 @@ class Objective:
     TTFT is taken at one rate a seed, the same for every candidate of every study: `TTFT_SHARE` of the capacity of
     `reference`, the first guess, from whose capacities searches begin before any trial has ended. A candidate must keep
     the SLO there, which is the study's constraint. It is pruned as soon as it misses the SLO at `PRUNED_BELOW` of the
-    best trial's capacity with the same requests: mostly after one run. One that was tried before is not run again.
+    best trial's capacity with the same requests: mostly after one run. While none keeps the constraint, it has to come
+    as near to it as the nearest did, less as much. One that was tried before is not run again.
     """
 
     problem: Problem
@@ -165,7 +166,7 @@ class Objective:
         finished = finished_trials(trial.study)
         evaluation = Evaluation(self.problem, candidate)
         try:
-            score = _known(finished, candidate) or self._score(evaluation, best_of(finished))
+            score = _known(finished, candidate) or self._score(evaluation, finished)
         except optuna.TrialPruned:
             for name, value in {**candidate._asdict(), "runs": evaluation.runs}.items():
                 trial.set_user_attr(name, value)
@@ -175,11 +176,16 @@ class Objective:
         trial.set_constraint(CONSTRAINT, score.violation)
         return score.values
 
-    def _score(self, evaluation: Evaluation, best: Score | None) -> Score:
-        rates = common_rates(self.reference.capacities)
-        if best is None:
+    def _score(self, evaluation: Evaluation, finished: list[FrozenTrial]) -> Score:
+        rates, best = common_rates(self.reference.capacities), best_of(finished)
+        if best is not None:
+            to_beat = best.capacities
+        else:
+            nearest = max((1 - score.violation for score in _scores(finished)), default=0.0)
+            to_beat = [nearest * rate for rate in rates]
+        if not all(to_beat):
             return evaluation.score(rates, self.reference.capacities, prune=False)
-        return evaluation.score(rates, [PRUNED_BELOW * capacity for capacity in best.capacities], prune=True)
+        return evaluation.score(rates, [PRUNED_BELOW * capacity for capacity in to_beat], prune=True)
 
     def as_trial(self, params: Mapping[str, Any]) -> FrozenTrial:
         """The reference, as the trial that found it."""
@@ -213,11 +219,16 @@ def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def best_of(trials: Sequence[FrozenTrial]) -> Score | None:
-    """The highest capacity; of those within the search's rung of it, the lowest TTFT."""
-    scores = [Score.of(trial) for trial in trials if trial.state == TrialState.COMPLETE]
-    if not scores or not (top := max(score.capacity for score in scores)):
+    """Of those that keep the constraint the highest capacity; within the search's rung of it, the lowest TTFT."""
+    scores = [score for score in _scores(trials) if score.violation <= 0]
+    if not scores:
         return None
+    top = max(score.capacity for score in scores)
     return min((s for s in scores if s.capacity >= top * (1 - TOLERANCE / 2)), key=lambda score: score.values[1])
+
+
+def _scores(trials: Sequence[FrozenTrial]) -> list[Score]:
+    return [Score.of(trial) for trial in trials if trial.state == TrialState.COMPLETE]
 
 
 def runs_of(trials: Sequence[FrozenTrial]) -> int:

@@ -32,13 +32,16 @@ pre {{ background: #f5f5f5; padding: 12px; overflow-x: auto; font-size: 12px; }}
 <p>The promise: {slo} (ms). Run by <code>--tuned FILE</code>.</p>
 <table>{rows}</table>
 {studies}
-<h2>The file</h2><pre>{file}</pre>
+<h2>The file, without its step-time model</h2><pre>{file}</pre>
 </body></html>
 """
 
 
 def write_report(url: str, names: list[str], tuned: Tuned, path: Path) -> None:
-    """Write the page of the studies `names` in the storage at `url`. It loads nothing from anywhere."""
+    """Write the page of the studies `names` in the storage at `url`. It loads nothing from anywhere.
+
+    It shows what `tuned` holds, but not the hundreds of numbers of its step-time model.
+    """
     rows = {
         "policy": tuned.policy,
         "budget": f"{tuned.budget_tokens} tokens",
@@ -46,13 +49,14 @@ def write_report(url: str, names: list[str], tuned: Tuned, path: Path) -> None:
         "most sequences": str(tuned.max_requests),
     }
     rows |= {f"best {law}": text for law, text in tuned.laws.items() if text != tuned.policy}
+    shown = msgspec.structs.replace(tuned, step_time=None)
     page = PAGE.format(
         title=html.escape(f"Tuned: {tuned.policy}"),
         plotly=get_plotlyjs(),
         slo=html.escape(tuned.slo),
         rows="".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items()),
         studies="\n".join(_section(load_study(url, name), i) for i, name in enumerate(names)),
-        file=html.escape(msgspec.json.format(msgspec.json.encode(tuned), indent=1).decode()),
+        file=html.escape(msgspec.json.format(msgspec.json.encode(shown), indent=1).decode()),
     )
     path.write_text(page, encoding="utf-8")
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 from typing import Any
 
+import msgspec
 from rich.table import Table
 
 from engine.tuned import EngineFacts, Tuned
@@ -10,6 +11,7 @@ from profiles.capacity import Interval
 from profiles.tune_baselines import Verdict
 from profiles.tune_objective import TTFT_SHARE, Problem, Score, profile_digest, workload_digest
 from profiles.tune_space import static_knobs
+from profiles.tune_storage import shown
 from profiles.tune_study import Progress, load_study
 
 SEARCHES = ("tuned", "random", "grid")
@@ -36,14 +38,17 @@ def screen_table(title: str, problem: Problem, verdicts: list[Verdict]) -> Table
 
 
 def tuned_of(problem: Problem, verdicts: list[Verdict], url: str, provenance: dict[str, Any]) -> Tuned:
-    """The first verdict is the static's. The law with the highest capacity is the one to run, the static if equal."""
-    static = verdicts[0].tuned.best
+    """The first verdict is the static's. The law with the highest capacity is the one to run, the static if equal.
+
+    It is what any of the searches found, random search and the grid included.
+    """
+    static = verdicts[0].best
     assert static is not None
-    found = [(verdict, verdict.tuned.best) for verdict in verdicts if verdict.tuned.best is not None]
+    found = [(verdict, verdict.best) for verdict in verdicts if verdict.best is not None]
     best = max(found, key=lambda pair: pair[1].capacity)[1]
     budget, chunk = static_knobs(static.policy)
     loads = {str(seed): workload_digest(load) for seed, load in sorted(problem.workloads.items())}
-    description = problem.plant.step_time.description
+    config, description = problem.plant.config, problem.plant.step_time.description
     flags = provenance.get("flags", {})
     return Tuned(
         budget_tokens=budget,
@@ -53,12 +58,17 @@ def tuned_of(problem: Problem, verdicts: list[Verdict], url: str, provenance: di
         laws={verdict.law: score.policy for verdict, score in found},
         slo=str(problem.slo),
         engine=EngineFacts.of(description.provenance),
+        schedule=config.schedule,
+        tile_tokens=config.tile_tokens,
+        kv_tokens=config.bounds.kv_tokens,
+        max_model_tokens=config.max_model_tokens,
+        step_time=msgspec.to_builtins(description),
         provenance={
             **provenance,
             "versions": {**provenance.get("versions", {}), "optuna": importlib.metadata.version("optuna")},
             "profile": {"file": flags.get("profile"), "digest": profile_digest(problem.plant.step_time)},
             "trace": {"text": flags.get("trace"), "arrivals": flags.get("arrivals"), "digests": loads},
-            "studies": {verdict.law: {"storage": url, "name": verdict.study} for verdict in verdicts},
+            "studies": {verdict.law: {"storage": shown(url), "name": verdict.study} for verdict in verdicts},
             "scores": {verdict.law: _scores(verdict, url) for verdict in verdicts},
         },
     )

@@ -125,10 +125,10 @@ def guess_budget(plant: Plant, workload: Workload, slo: Slo) -> int:
     Typical is a full server in balance: of B tokens a step, d are decodes and B - d prompt tokens, and as many requests
     end as begin, so d / output = (B - d) / prompt in means; their context is the mean over all decode steps. The prompt
     tokens are as deep in their prompt as any are, and the step has the model's noise: the bound is kept if no more than
-    1 - quantile of all pairs of the two miss it. Without a bound on gaps (tbt, or tpot) there is nothing to predict by,
-    and it is the engine's own budget.
+    1 - quantile of all pairs of the two miss it. Without a bound on gaps (tbt, tpot or deadline) there is nothing to
+    predict by, and it is the engine's own budget.
     """
-    config, bound_s = plant.config, slo.tbt_s or slo.tpot_s
+    config, bound_s = plant.config, slo.pace_s
     if bound_s is None:
         return config.budget_tokens
     tile, factors = config.tile_tokens, plant.step_time.residuals[1]

@@ -4,29 +4,25 @@ A trial belongs to the process that runs it, which tells the database every few 
 was killed is begun again by whoever asks for the next trial `GRACE_S` later; a finished trial is never lost.
 """
 
-import threading
-import warnings
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from multiprocessing.pool import Pool
 from typing import Any, Literal, NamedTuple
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Engine, event
 
-from profiles.parallel import in_parallel
+from profiles.parallel import Pool, in_parallel
 from profiles.tune_objective import DIRECTIONS, METRICS, Objective, Score, best_of, finished_trials, runs_of
+from profiles.tune_storage import one_at_a_time, open_storage
 
 Kind = Literal["tuned", "random", "grid"]
 
-HEARTBEAT_S, GRACE_S = 2, 10
-STARTUP_TRIALS = 8  # beside the guesses, before the sampler trusts what it has seen
-LOCK_WAIT_S = 60  # for another process's write to a database of one file
+STARTUP_TRIALS = 8  # the guesses among them, before the sampler trusts what it has seen
 
 
 class Limit(NamedTuple):
@@ -60,11 +56,12 @@ class Search:
         return _opened(self.url, self.name, self.kind, self.seed)
 
     def begin(self, first: list[FrozenTrial], then: list[dict[str, Any]]) -> Progress:
-        """Give a new study its finished first trials and those to try next; one that was begun goes on."""
+        """Give the study its finished first trials and those to try next, all that it does not have yet."""
         study = self.study()
-        if not study.get_trials(deepcopy=False):
+        with one_at_a_time(self.url):
             study.set_metric_names(list(METRICS))
-            study.add_trials(first)
+            had = [trial.params for trial in study.get_trials(deepcopy=False)]
+            study.add_trials([trial for trial in first if trial.params not in had])
             for params in then:
                 study.enqueue_trial(params, skip_if_exists=True)
         return self.progress()
@@ -79,37 +76,47 @@ class Search:
         exhausted = self.kind == "grid" and not _open_trials(self.study())
         if before.trials >= self.limit.trials or before.runs >= self.limit.runs or exhausted:
             return before
-        self.study().optimize(self.objective, n_trials=1)
+        numbers: list[int] = []
+
+        def noted(trial: optuna.Trial) -> tuple[float, float]:
+            numbers.append(trial.number)
+            return self.objective(trial)
+
+        try:
+            self.study().optimize(noted, n_trials=1)
+        except Exception:
+            if not (numbers and self._was_lost(numbers[-1])):
+                raise
         return self.progress(asked=True)
 
-    def run(self, pool: Pool, processes: int, at_end: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
-        """Search over the pool's processes until the limit, or until `at_end` says so between two trials."""
-        begun = self.progress()
-        missing, alone = self.limit.trials - begun.trials, begun.best is None
-        # Until one trial has run to its end there is nothing to prune by: it runs alone.
-        free, ended = threading.Semaphore(1 if alone else processes), threading.Event()
+    def _was_lost(self, number: int) -> bool:
+        """Whether this process stood still so long that another took the trial over, and it cannot be told any more."""
+        history = RetryHeartbeatStaleTrialCallback.retry_history
+        return any(number in history(trial) for trial in self.study().get_trials(deepcopy=False))
 
-        def tasks() -> Iterator[Search]:
-            for _ in range(missing):
-                free.acquire()  # so that no more is asked for than is run
-                if ended.is_set():
+    def run(self, pool: Pool, at_end: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
+        """Search over the pool's processes until the limit, or until `at_end` says so before a trial."""
+        begun, ended = self.progress(), False
+        missing = self.limit.trials - begun.trials
+
+        def tasks(most: int) -> Iterator[Search]:
+            for _ in range(most):
+                if ended or at_end():
                     return
                 yield self
 
-        try:
-            for _, progress in in_parallel(pool, Search.one_trial, tasks()):
+        # Until one trial has run to its end there is nothing to prune by: it runs alone.
+        for most in (missing,) if begun.trials else (1, missing - 1):
+            for _, progress in in_parallel(pool, Search.one_trial, tasks(most)):
+                ended = ended or not progress.asked
                 yield progress
-                if not progress.asked or at_end():
-                    ended.set()
-                free.release(processes if alone and progress.best else 1)
-                alone = alone and progress.best is None
-        finally:
-            ended.set()
-            free.release()
 
 
 class NumberedSampler(BaseSampler):
-    """A sampler that is seeded afresh with the number of every trial, so that it is the same in whichever process."""
+    """A sampler that is seeded afresh with the number of every trial, so that it is the same in whichever process.
+
+    The kind goes into the seed: a tuner's random points are not those of the random search beside it.
+    """
 
     def __init__(self, kind: Kind, seed: int) -> None:
         self._kind = kind
@@ -117,7 +124,8 @@ class NumberedSampler(BaseSampler):
         self._sampler = self._make(0)
 
     def _make(self, number: int) -> BaseSampler:
-        seed = self._seed * 1_000_003 + number
+        digest = hashlib.sha256(f"{self._kind} {self._seed} {number}".encode()).digest()
+        seed = int.from_bytes(digest[:4], "little")  # all that numpy's generator takes
         if self._kind == "tuned":
             return TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, multivariate=True, constant_liar=True)
         return RandomSampler(seed=seed)
@@ -154,41 +162,6 @@ def _opened(url: str, name: str, kind: Kind, seed: int) -> optuna.Study:
 def load_study(url: str, name: str) -> optuna.Study:
     """To read: it is not to be searched on with the sampler it has here."""
     return optuna.load_study(study_name=name, storage=open_storage(url))
-
-
-@lru_cache(maxsize=1)
-def open_storage(url: str) -> RDBStorage:
-    """The database, opened once in a process."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    storage = RDBStorage(
-        url,
-        heartbeat_interval=HEARTBEAT_S,
-        grace_period=GRACE_S,
-        heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
-        engine_kwargs={"connect_args": {"timeout": LOCK_WAIT_S}} if url.startswith("sqlite:") else None,
-    )
-    if storage.engine.dialect.name == "sqlite":
-        _lock_at_once(storage.engine)
-    return storage
-
-
-def _lock_at_once(engine: Engine) -> None:
-    """SQLite knows no SELECT FOR UPDATE, so that two processes could both take one waiting trial. Lock from the first
-    read of a transaction on (https://docs.sqlalchemy.org/en/20/dialects/sqlite.html, pysqlite's transactions).
-    """
-
-    def connected(connection: Any, _: Any) -> None:
-        connection.isolation_level = None  # transactions are begun below
-        connection.execute("PRAGMA journal_mode=WAL")  # a commit need not wait for the disk, and a killed process
-        connection.execute("PRAGMA synchronous=NORMAL")  # still loses nothing of it
-
-    def begin(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    event.listen(engine, "connect", connected)
-    event.listen(engine, "begin", begin)
-    engine.dispose()  # of connections that were made before
 
 
 def _open_trials(study: optuna.Study) -> bool:

@@ -3,7 +3,8 @@
 A window is some iterations under one candidate. All windows together tell the time of a mixed iteration as a line in
 its tokens, times a random factor whose quantile is that of the iterations that spent their budget; where that product
 meets the SLO is the edge, and the next candidate. A step never takes less time for more tokens, so that the largest
-budget within the SLO is the one to have: it serves most requests, and prompts wait least.
+budget within the SLO is the one to have: it serves most requests, and prompts wait least. What was never measured is
+never recommended: the best is a candidate.
 """
 
 from collections.abc import Callable
@@ -70,6 +71,11 @@ class Window:
         return self.n_late >= LATE_ENOUGH and self.n_late > share * len(self.tbt_s)
 
     @property
+    def idle(self) -> bool:
+        """Nothing is late, and no larger budget would be spent either: traffic does not need so much."""
+        return self.n_spent < FEW and not self.n_late
+
+    @property
     def ended(self) -> bool:
         return self.cut or self.n_spent >= SPENT or self.seconds >= PATIENCE_S
 
@@ -114,7 +120,7 @@ class Window:
 
 
 def edge_tokens(windows: list[Window], slo: Slo, around: float) -> float | None:
-    """The batch, in tokens, whose time meets the SLO's bound on TBT at its quantile; None without any iteration.
+    """The batch, in tokens, whose time meets the SLO's bound on TBT at its quantile; None without iterations about it.
 
     From iterations of half to twice `around`, or the largest if none is. While they are all of about one size, time is
     taken for proportional to tokens: with the fixed cost of a step that errs towards the size that was seen. The
@@ -125,6 +131,8 @@ def edge_tokens(windows: list[Window], slo: Slo, around: float) -> float | None:
         return None
     around = min(around, table[:, 0].max())
     tokens, tbt_s, decodes, spent = table[(table[:, 0] >= around / 2) & (table[:, 0] <= 2 * around)].T
+    if not tokens.size:
+        return None
     used_up = spent > 0 if (spent > 0).sum() >= FEW else spent >= 0
     fixed_s, token_s = _line(tokens, tbt_s)
     factor = _quantile((tbt_s / (fixed_s + token_s * tokens))[used_up], decodes[used_up], slo.quantile)
@@ -179,14 +187,28 @@ class LiveTuner:
         self._ended = ended
         self._log = IterationLog()
         self._windows: list[Window] = []
-        self.done = self.settled = False  # not settled, it is done with its windows
+        self.done = False
+        self.settled = False  # not settled, it is done with its windows, or no budget keeps the promise
         self.edge_tokens: float | None = None
-        self._window = self._begin(whole_tiles(clamp(first.knobs.budget_tokens, first.bounds), first.bounds), first)
+        self.best_tokens: int | None = None
+        self._window = self._begin(self._allowed(first.knobs.budget_tokens), first)
 
     @property
     def budget_tokens(self) -> int:
-        """The candidate of the moment, and the best once it is done."""
-        return self._window.budget_tokens
+        """The candidate of the moment; once it is done the best, if there is one."""
+        return self.best_tokens if self.done and self.best_tokens is not None else self._window.budget_tokens
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether not even the engine's least budget keeps the promise."""
+        least = self._allowed(0)
+        at_least = [w for w in self._windows if w.budget_tokens == least]
+        known = any(w.cut for w in at_least) or sum(w.n_spent for w in at_least) >= AT_THE_EDGE
+        return self.best_tokens is None and self.edge_tokens is not None and self.edge_tokens < least and known
+
+    def end(self) -> None:
+        """Begin no other window; answer with the best from now on."""
+        self.done = True
 
     def decide(self, telemetry: Telemetry) -> Decision:
         for iteration in self._log.completed(telemetry):
@@ -198,25 +220,44 @@ class LiveTuner:
         return Decision(self.budget_tokens, self.budget_tokens, "tuned" if self.done else "tuning")
 
     def _begin(self, budget_tokens: int, telemetry: Telemetry) -> Window:
-        if not self.done:
-            self._begun(budget_tokens)
+        self._begun(budget_tokens)
         return Window(budget_tokens, self._slo, telemetry.scheduled_ns, telemetry.scheduled_ns)
 
     def _next(self, telemetry: Telemetry) -> None:
         window = self._window
         self._windows.append(window)
-        self.edge_tokens = edge_tokens(self._windows, self._slo, window.budget_tokens)
+        edge = edge_tokens(self._windows, self._slo, window.budget_tokens)
+        self.edge_tokens = self.edge_tokens if edge is None else edge  # what was known before stays known
+        self.best_tokens = self._best()
         budget = window.budget_tokens if self.edge_tokens is None else self._within_reach(self.edge_tokens)
-        self.settled = self._near(window.budget_tokens, budget, PRECISION) and self._spent_near(budget) >= AT_THE_EDGE
-        if window.n_spent < FEW and not window.n_late:  # nothing is late, and no larger budget would be spent either
-            self.settled, budget = True, window.budget_tokens
-        self.done = self.settled or len(self._windows) >= self._most_windows
+        best_is_near = self.best_tokens is not None and self._near(self.best_tokens, budget, PRECISION)
+        self.settled = window.idle or (best_is_near and self._spent_near(budget) >= AT_THE_EDGE)
+        self.done = self.settled or self.hopeless or len(self._windows) >= self._most_windows
         self._ended(window)
-        self._window = self._begin(budget, telemetry)
+        if not self.done:
+            self._window = self._begin(budget, telemetry)
+
+    def _best(self) -> int | None:
+        """The largest that was measured within the edge. Without any the least that kept the promise beyond it, for
+        the edge is an estimate; None without that, too.
+        """
+        measured = [w for w in self._windows if w.tbt_s and not w.cut]
+        edge = -np.inf if self.edge_tokens is None else self.edge_tokens
+        within = [w.budget_tokens for w in measured if w.budget_tokens <= edge or w.idle]
+        return max(within) if within else min(filter(self._kept, (w.budget_tokens for w in measured)), default=None)
+
+    def _kept(self, budget_tokens: int) -> bool:
+        """By all iterations that spent it, no fewer than a window's."""
+        table = np.concatenate([w.table for w in self._windows if w.budget_tokens == budget_tokens])
+        _, tbt_s, decodes, _ = table[table[:, 3] > 0].T
+        return tbt_s.size >= SPENT and _quantile(tbt_s, decodes, self._slo.quantile) <= tbt_bound_s(self._slo)
 
     def _within_reach(self, edge: float) -> int:
         known = max((w.budget_tokens for w in self._windows if not w.cut), default=self._windows[-1].budget_tokens)
-        return whole_tiles(clamp(int(min(edge, MAX_RAISE * known)), self._bounds), self._bounds)
+        return self._allowed(int(min(edge, MAX_RAISE * known)))
+
+    def _allowed(self, budget_tokens: int) -> int:
+        return whole_tiles(clamp(budget_tokens, self._bounds), self._bounds)
 
     def _near(self, a: int, b: int, share: float) -> bool:
         return abs(a - b) <= max(share * b, self._bounds.tile_tokens)

@@ -1,10 +1,9 @@
 """The searches of one tuning: for each law a study and its baselines, one after another, each over all processes."""
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing.pool import Pool
 from typing import Any
 
 from optuna import TrialPruned
@@ -12,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from profiles.tune_baselines import Verdict, grid_points, grid_search, random_search
+from profiles.parallel import Pool
+from profiles.tune_baselines import Verdict, grid_search, random_search
 from profiles.tune_flags import STATIC
 from profiles.tune_objective import Evaluation, Objective, Problem, Score
 from profiles.tune_space import Space, guess_budget
@@ -30,12 +30,20 @@ class Tuner:
 
     url: str
     pool: Pool
-    processes: int
     seed: int
     trials: int
     left: Callable[[], float]
     console: Console
     runs: float = float("inf")  # at which a study ends, if not by its trials
+
+    def verdicts(self, problem: Problem, laws: Sequence[str]) -> Iterator[Verdict]:
+        """The static's, then that of each law for which there is time left."""
+        static = self.static(problem, laws_after=len(laws))
+        yield static
+        for done, law in enumerate(laws, start=1):
+            if self.left() <= 0:
+                return
+            yield self.law(problem, law, static, laws_after=len(laws) - done)
 
     def static(self, problem: Problem, budget_only: bool = False, laws_after: int = 0) -> Verdict:
         """The static budget's, from the step-time model's own guess; and its baselines."""
@@ -48,9 +56,9 @@ class Tuner:
         return self._judge(search, [search.objective.as_trial(first)], others, 1 + laws_after)
 
     def law(self, problem: Problem, law: str, static: Verdict, laws_after: int = 0) -> Verdict:
-        """A law's, on an engine with the tuned static's knobs; and its baselines."""
-        assert static.tuned.best is not None
-        tuned = problem.starting_from(static.tuned.best)
+        """A law's, on an engine with the best static's knobs; and its baselines."""
+        assert static.best is not None  # the guess, at least
+        tuned = problem.starting_from(static.best)
         space = Space.of(law, tuned.plant.config)
         search = self._search(Objective(tuned, space, static.guess))
         return self._judge(search, [], space.guesses(0), 1 + laws_after)
@@ -63,41 +71,48 @@ class Tuner:
     def _judge(self, search: Search, first: list[Any], then: list[dict[str, Any]], studies: int) -> Verdict:
         law, share_s = search.objective.space.law, self.left() / studies / (1 + BASELINES)
         end_s = self.left() - share_s
-        tuned = self._run(search, search.begin(first, then), f"{law}: tuned", lambda: self.left() < end_s)
-        if tuned.best is None:
-            raise ValueError(f"no trial of {law} ended in time: give a longer --timeout")
-        over = lambda: self.left() < 0  # noqa: E731
+        tuned = self._run(search, search.begin(first, then), f"{law}: tuned", lambda: self.left() <= end_s)
+        over = lambda: self.left() <= 0  # noqa: E731
         other = random_search(search, tuned)
         random = self._run(other, other.begin([], []), f"{law}: random", over)
-        other = grid_search(search, tuned)
-        grid = self._run(other, other.begin([], grid_points(search, tuned)), f"{law}: grid", over)
+        other, points = grid_search(search, tuned)
+        grid = self._run(other, other.begin([], points), f"{law}: grid", over)
         return Verdict(law, search.name, tuned, random, grid, search.objective.reference)
 
     def _run(self, search: Search, begun: Progress, what: str, at_end: Callable[[], bool]) -> Progress:
         in_runs = search.kind != "tuned"
         with _bar(self.console, what, search.limit.runs if in_runs else search.limit.trials, in_runs) as advance:
             advance(begun)
-            for progress in search.run(self.pool, self.processes, at_end):
+            for progress in search.run(self.pool, at_end):
                 advance(progress)
         return search.progress()
 
 
 def _reference(problem: Problem, space: Space, budget: int) -> tuple[Score, list[dict[str, Any]]]:
-    """The score of the guess, and the guesses. One that keeps the SLO at no rate is halved until it does.
+    """The score of the guess, and the guesses. Should it keep the SLO at no rate, of the nearest budget that does.
 
     Raises ValueError if none does.
     """
-    low = problem.plant.config.min_budget_tokens
-    while True:
-        guesses = space.guesses(budget)
-        try:
+    config = problem.plant.config
+    for near in _both_ways(budget, config.min_budget_tokens, config.max_budget_tokens):
+        guesses = space.guesses(near)
+        with suppress(TrialPruned):
             return Evaluation(problem, space.candidate(guesses[0])).first_score(), guesses
-        except TrialPruned:
-            if budget <= low:
-                raise ValueError(
-                    f"no static budget keeps {problem.slo} at any rate, not even {low}: take a weaker --slo"
-                ) from None
-        budget = max(budget // 2, low)
+    raise ValueError(
+        f"no static budget keeps {problem.slo} at any rate, from {config.min_budget_tokens} to "
+        f"{config.max_budget_tokens} tokens: take a weaker --slo"
+    )
+
+
+def _both_ways(budget: int, low: int, high: int) -> Iterator[int]:
+    """Half and twice as much, a quarter and four times, and so on: steps may be too long, or prompts too slow."""
+    yield budget
+    below = above = budget
+    while below > low or above < high:
+        if below > low:
+            yield (below := max(below // 2, low))
+        if above < high:
+            yield (above := min(2 * above, high))
 
 
 @contextmanager

@@ -5,134 +5,24 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from time import monotonic_ns
 
 import msgspec
-import numpy as np
 import optuna
 import pytest
 import zmq
 from live import Ear, Load, Pacer, Served, wait_for
 from plant import Loop
 
-from engine.config import EngineConfig
 from engine.link import ControllerLink, Endpoints, EngineLink
 from engine.protocol import Bounds, InForce, Telemetry
 from engine.tuned import Tuned
-from envs.simulator import Plant, Simulation
 from envs.slo import Slo
-from envs.step_time import StepTimeModel
-from envs.trace import make_workload
-from policies.policy import Decision
-from profiles.capacity import Trial, at_rate
 from profiles.tune_live import Session, run_live
-from profiles.tune_windows import AT_THE_EDGE, LATE_ENOUGH, SPENT, LiveTuner, Window, edge_tokens
+from profiles.tune_windows import LiveTuner
 
 SLO = Slo(tbt_s=0.15)
-CPU = StepTimeModel.from_formula((0.010, 0.0005, 1e-7), (0.012, 0.0009, 1e-7, 2e-8, 0.0005)).with_noise(0.05)
-PLANT = Plant(EngineConfig(tile_tokens=4), CPU)
-LENGTHS = "uniform:100-900,20-120"
-
-
-class Tuning:
-    """A tuner in the simulator's loop."""
-
-    def __init__(self, slo: Slo = SLO, most_windows: int = 20) -> None:
-        self.begun: list[int] = []
-        self.ended: list[Window] = []
-        self.budgets: list[int] = []
-        self._make = lambda first: LiveTuner(first, slo, most_windows, self.begun.append, self.ended.append)
-        self.tuner: LiveTuner | None = None
-
-    def decide(self, telemetry: Telemetry, now_ns: int = 0) -> Decision:
-        if self.tuner is None:
-            self.tuner = self._make(telemetry)
-        decision = self.tuner.decide(telemetry)
-        self.budgets.append(decision.budget_tokens)
-        return decision
-
-    def serve(self, rate: float, seed: int, plant: Plant = PLANT, lengths: str = LENGTHS, n: int = 1500) -> LiveTuner:
-        load = at_rate(make_workload("poisson:1", lengths, np.random.default_rng(seed), n), rate)
-        Simulation(plant, load, seed, False).run_law(self.decide, np.inf)
-        assert self.tuner is not None
-        return self.tuner
-
-
-@pytest.fixture(scope="module")
-def simulated() -> tuple[int, float]:
-    """The budget with the highest capacity in simulation, and that capacity."""
-    load = make_workload("poisson:1", LENGTHS, np.random.default_rng(0), 600)
-    trials = {b: Trial(PLANT, load, SLO, 0, f"static:budget={b}") for b in range(104, 164, 4)}
-    capacities = {budget: trial.capacity(1.6, 0.005) for budget, trial in trials.items()}
-    best = max(capacities, key=lambda budget: capacities[budget])
-    assert 104 < best < 160
-    return best, capacities[best]
-
-
-@pytest.mark.parametrize("share", [0.5, 0.8, 0.95])
-@pytest.mark.parametrize("start", [32, 2048])
-def test_it_finds_the_budget_that_the_simulator_finds(simulated: tuple[int, float], share: float, start: int) -> None:
-    best, capacity = simulated
-    plant = replace(PLANT, config=replace(PLANT.config, budget_tokens=start, chunk_tokens=start))
-    tuning = Tuning()
-    tuner = tuning.serve(share * capacity, 5, plant)
-    assert tuner.done
-    assert tuner.budget_tokens == pytest.approx(best, rel=0.1)
-    assert tuning.budgets[-1] == tuner.budget_tokens
-    assert len(tuning.ended) == len(tuning.begun) <= 12
-    assert sum(w.n_spent for w in tuning.ended) >= AT_THE_EDGE
-
-
-def test_a_candidate_that_is_far_too_large_is_given_up_after_a_few_late_iterations() -> None:
-    plant = replace(PLANT, config=replace(PLANT.config, budget_tokens=2048, chunk_tokens=2048))
-    tuning = Tuning()
-    tuning.serve(1.2, 3, plant)
-    assert tuning.ended[0].cut
-    assert tuning.ended[0].n_late == LATE_ENOUGH
-    assert tuning.ended[1].budget_tokens < 256
-    assert all(b <= 2 * a for a, b in zip(tuning.begun[1:], tuning.begun[2:], strict=False))
-
-
-def test_traffic_that_never_spends_a_budget_does_not_raise_it() -> None:
-    tuning = Tuning(Slo(tbt_s=5.0))
-    tuner = tuning.serve(0.5, 1, lengths="uniform:20-40,4-8", n=200)
-    assert tuner.done
-    assert tuner.budget_tokens == EngineConfig().budget_tokens
-    assert len(tuning.ended) == 1
-
-
-def test_it_stays_within_the_launch_bounds() -> None:
-    config = replace(PLANT.config, max_budget_tokens=96, max_requests=32, budget_tokens=64, chunk_tokens=64)
-    tuner = Tuning().serve(1.0, 2, replace(PLANT, config=config))
-    assert (tuner.done, tuner.budget_tokens) == (True, 96)
-    config = replace(PLANT.config, min_budget_tokens=200)
-    tuner = Tuning().serve(1.0, 2, replace(PLANT, config=config))
-    assert (tuner.done, tuner.budget_tokens) == (True, 200)
-
-
-def test_a_promise_without_a_bound_on_gaps_is_refused() -> None:
-    with pytest.raises(ValueError, match="tbt:MILLISECONDS"):
-        Tuning(Slo(ttft_s=1.0)).decide(Loop(None).step())
-
-
-def test_the_edge_is_where_the_quantile_of_the_time_meets_the_promise() -> None:
-    rng = np.random.default_rng(0)
-    windows = []
-    for budget in (100, 200):
-        window = Window(budget, SLO)
-        window.tokens = rng.integers(budget // 2, budget + 1, 4 * SPENT).tolist()
-        factors = np.exp(0.05 * rng.standard_normal(4 * SPENT))
-        window.tbt_s = ((0.02 + 0.0008 * np.array(window.tokens)) * factors).tolist()
-        window.decodes = [4] * len(window.tokens)
-        window.spent = [tokens >= 0.9 * budget for tokens in window.tokens]
-        windows.append(window)
-    # P99 of the noise is exp(2.33 * 0.05) = 1.12: 0.15 s / 1.12 = 0.134 s is the time of 142 tokens.
-    assert edge_tokens(windows, SLO, 140) == pytest.approx(142, rel=0.05)
-    median = edge_tokens(windows, replace(SLO, quantile=0.5), 140)
-    assert median == pytest.approx(162, rel=0.03)
-    assert edge_tokens([Window(100, SLO)], SLO, 100) is None
 
 
 class Engine:
@@ -207,9 +97,36 @@ def test_an_engine_that_starts_anew_or_falls_silent_ends_the_tuning(engine: Engi
         session(engine, lambda: next(hours)).run(lambda _: True)
 
 
+def asked(out: Path, **flags: object) -> argparse.Namespace:
+    usual = {"slo": "tbt:100 quantile:0.9", "out": out, "storage": None, "trials": 5, "timeout": 50.0, "hold": False}
+    return argparse.Namespace(**usual | flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"trials": 0}, "--trials is 0"),
+        ({"trials": -2}, "--trials is -2"),
+        ({"timeout": 0.0}, "--timeout is 0.0"),
+        ({"timeout": -3.0}, "--timeout is -3.0"),
+        ({"timeout": float("nan")}, "--timeout is nan"),
+        ({"storage": "sqlite:////nowhere/study.db"}, "--storage sqlite:////nowhere/study.db"),
+    ],
+)
+def test_flags_that_will_not_do_are_refused_before_the_engine_is_heard(
+    tmp_path: Path, flags: dict[str, object], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        run_live(asked(tmp_path, **flags), Endpoints.ipc(tmp_path / "s", "none"), None, monotonic_ns, "today")
+
+
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Served]:
+    """An engine; and the handlers of signals that a tuning sets are taken back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield Served(tmp_path / "s", "live", "--knobs-ttl", "1", "--tile", "4", "--budget", "512")
+    for number, handler in before.items():
+        signal.signal(number, handler)
     Pacer.end_all()
 
 
@@ -218,12 +135,11 @@ def test_a_serving_engine_is_tuned_without_a_request_dropped(served: Served, tmp
     load = Load(served.url, "poisson:1.5", "uniform:100-500,10-40", 80)
     out = tmp_path / "out"
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    args = argparse.Namespace(slo="tbt:100 quantile:0.9", out=out, storage=url, trials=5, timeout=50.0, hold=True)
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    args = asked(out, storage=url, hold=True, trials=8)
 
     def interrupt_while_it_holds() -> None:
         try:
-            wait_for((out / "report.html").exists, "the report")
+            wait_for((out / "live.report.html").exists, "the report")
             end_ns = monotonic_ns() + 3 * 10**9  # the engine's own knobs are back after one second of silence
             held.append(ear.wait_for(lambda t: t.scheduled_ns > end_ns, "telemetry after that"))
         finally:
@@ -232,16 +148,14 @@ def test_a_serving_engine_is_tuned_without_a_request_dropped(served: Served, tmp
     held: list[Telemetry] = []
     watcher = threading.Thread(target=interrupt_while_it_holds, daemon=True)
     watcher.start()
-    try:
-        assert run_live(args, served.endpoints, None, monotonic_ns, "today") == 0
-    finally:
-        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-            signal.signal(number, handler)
+    assert run_live(args, served.endpoints, None, monotonic_ns, "today") == 0
     watcher.join()
     tuned = Tuned.load(out / "live.tuned.json")
     assert (held[0].knobs.source, held[0].knobs.budget_tokens) == ("controller", tuned.budget_tokens)
     assert 16 <= tuned.budget_tokens < 512, "512 tokens take a CPU far longer than 100 ms"
     assert tuned.policy == f"static:budget={tuned.budget_tokens}"
+    assert (tuned.tile_tokens, tuned.kv_tokens) == (4, held[0].bounds.kv_tokens)
+    assert tuned.budget_tokens in [window["budget_tokens"] for window in tuned.provenance["windows"]]
     (name,) = optuna.get_all_study_names(url)
     trials = optuna.load_study(study_name=name, storage=url).trials
     # On a slow machine the time may be over in the middle of a window, whose trial failed without any figure.
@@ -250,7 +164,7 @@ def test_a_serving_engine_is_tuned_without_a_request_dropped(served: Served, tmp
     ]
     assert all(trial.state.is_finished() for trial in trials)
     assert trials[0].user_attrs["cut"]
-    assert (out / "report.html").exists()
+    assert (out / "live.report.html").exists()
     result = load.result()
     assert [record.status for record in result.records] == ["completed"] * 80
     ear.wait_for(lambda t: t.knobs.source == "fallback" and t.knobs.budget_tokens == 512, "its own knobs again")
@@ -259,3 +173,17 @@ def test_a_serving_engine_is_tuned_without_a_request_dropped(served: Served, tmp
     in_force = {t.knobs.budget_tokens for t in ear.heard if t.knobs.source == "controller"}
     assert in_force <= {t.params["budget_tokens"] for t in trials} | {tuned.budget_tokens}
     assert all(t.rejected_knobs == 0 for t in ear.heard)
+
+
+def test_a_promise_that_the_engine_cannot_keep_is_told_and_nothing_is_written(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ear = Ear(served.endpoints)
+    load = Load(served.url, "poisson:2", "uniform:300-500,30-40", 30)
+    args = asked(tmp_path / "out", slo="tbt:1", trials=6, hold=True)
+    assert run_live(args, served.endpoints, None, monotonic_ns, "today") == 1
+    assert "not even its least, 16 tokens: take a weaker --slo" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir() if "live" in path.name] == []
+    ear.wait_for(lambda t: t.knobs.source == "fallback" and t.knobs.budget_tokens == 512, "its own knobs again")
+    ear.stop()
+    assert [record.status for record in load.result().records] == ["completed"] * 30

@@ -17,14 +17,17 @@ import psutil
 import pytest
 import sqlalchemy
 from optuna.trial import TrialState
-from test_tune import problem, search, tuner
+from test_tune import problem as small_problem
+from test_tune import search, tuner
 
+from engine.protocol import Bounds
 from engine.tuned import Tuned
 from envs.slo import Slo
-from profiles import tune_study
-from profiles.parallel import worker_pool
+from profiles import tune_storage, tune_study
+from profiles.compare_flags import H200
+from profiles.parallel import in_parallel, worker_pool
 from profiles.tune import run_asked
-from profiles.tune_flags import add_flags
+from profiles.tune_flags import add_flags, problem
 from profiles.tune_space import static_knobs
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +54,7 @@ def test_a_study_killed_mid_trial_loses_no_finished_one_and_tries_that_again(
         kept |= more
     after = {t.number: (t.values, t.params) for t in trials_in(tmp_path) if t.state.is_finished()}
     assert len(kept) >= 5 and kept.items() <= after.items()
-    monkeypatch.setattr(tune_study, "GRACE_S", 1)
+    monkeypatch.setattr(tune_storage, "GRACE_S", 1)
     forget()
     try:
         one = search(tmp_path, trials=10_000)
@@ -89,7 +92,7 @@ def kill_a_search(folder: Path) -> tuple[dict[int, Any], list[optuna.trial.Froze
 
 def forget() -> None:
     """Open databases anew, with what is set now."""
-    tune_study.open_storage.cache_clear()
+    tune_storage.open_storage.cache_clear()
     tune_study._opened.cache_clear()
 
 
@@ -104,9 +107,9 @@ def test_four_processes_on_one_study_find_what_one_finds(tmp_path: Path) -> None
         folder = tmp_path / str(processes)
         folder.mkdir()
         with worker_pool(processes) as pool:
-            list(pool.imap(abs, range(processes)))
+            list(in_parallel(pool, abs, range(processes)))
             began_s = time.perf_counter()
-            verdicts[processes] = tuner(folder, pool, processes, 14).static(problem())
+            verdicts[processes] = tuner(folder, pool, 14).static(small_problem())
             seconds[processes] = time.perf_counter() - began_s
     print({"seconds": seconds})
     one, four = (verdicts[n].tuned for n in (1, 4))
@@ -185,13 +188,58 @@ def test_the_command_writes_knobs_that_an_engine_takes_and_goes_on_where_it_was(
     assert msgspec.to_builtins(Tuned.load(path)) == msgspec.to_builtins(tuned)
 
 
+def test_time_that_is_up_leaves_laws_untuned_and_what_was_found_in_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = flags(*SMALL, "--policies", "pid", "static", "pid", "--timeout", "1", "--out", str(tmp_path))
+    moments_ns = itertools.chain([0], itertools.repeat(2 * 10**9))
+    assert run_asked(args, lambda: next(moments_ns), "") == 0
+    (path,) = tmp_path.glob("*.tuned.json")
+    tuned = Tuned.load(path)
+    assert set(tuned.laws) == {"static"} and tuned.provenance["scores"]["static"]["beat_random"] is None
+    out = capsys.readouterr().out
+    assert "static: not compared with random search, which had 0 runs" in out
+    assert "Not tuned, for want of time: pid. Give" in out
+    assert len(trials_of_all(tmp_path)) == 1  # the guess
+
+
+def trials_of_all(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    url = f"sqlite:///{folder / 'study.db'}"
+    names = optuna.get_all_study_names(url)
+    return [
+        t for name in names for t in optuna.load_study(study_name=name, storage=url).trials if t.state.is_finished()
+    ]
+
+
+def test_the_profiled_engine_is_the_one_tuned_for_and_a_flag_wins(tmp_path: Path) -> None:
+    profile = H200.with_name("h200-mistral-7b-pacer.json")
+    small = ["--profile", str(profile), "--num-prompts", "20", "--seeds", "1"]
+    config = problem(flags(*small), "")[0].plant.config
+    assert config.bounds == Bounds(16, 8192, 16, 256, 7047 * 128)
+    assert config.max_model_tokens == 65536 and config.block_tokens == 128 and config.look_ahead
+    small += ["--kv-blocks", "9000", "--max-num-seqs", "64", "--max-model-len", "4096"]
+    config = problem(flags(*small, "--max-num-batched-tokens", "512"), "")[0].plant.config
+    assert config.bounds == Bounds(16, 512, 16, 64, 9000 * 16) and config.max_model_tokens == 4096
+    broken = tmp_path / "broken.json"
+    broken.write_text(profile.read_text().replace('"kv_blocks": 7047', '"kv_blocks": "many"'))
+    with pytest.raises(ValueError, match=r"broken.json: provenance.capacities: .*kv_blocks"):
+        problem(flags("--profile", str(broken)), "")
+
+
 @pytest.mark.parametrize(
     ("given_flags", "message"),
     [
         (["--trials", "0"], "--trials is 0; it must be at least 1"),
         (["--processes", "0"], "--processes is 0"),
         (["--timeout", "0"], "--timeout is 0"),
+        (["--timeout", "nan"], "--timeout is nan"),
         (["--seeds", "0"], "--seeds is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--num-prompts", "0"], "--num-prompts is 0"),
+        (["--kv-blocks", "0"], "--kv-blocks is 0"),
+        (["--hold"], "--hold is for --live"),
+        (["--storage", "foo"], "'foo' is no database URL"),
+        (["--slo", "ttft:2000"], "policy 'pid' needs to know the promise: .*; or leave pid out of --policies"),
         (["--slo", "tbt:1", "--num-prompts", "50", "--policies", "static"], "no static budget keeps tbt:1 at any rate"),
         (["--slo", "nothing"], "unknown word 'nothing'"),
     ],

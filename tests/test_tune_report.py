@@ -22,6 +22,7 @@ TUNED = Tuned(
     laws={"static": "static:budget=96", "pid": "pid:set_point=0.9"},
     slo="tbt:40",
     provenance={"note": "<script>alert(1)</script>"},
+    step_time={"residuals": [0.9871]},
 )
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -73,6 +74,7 @@ def test_every_study_has_its_history_importance_and_front(url: str, tmp_path: Pa
     assert "Trials: 12 complete." in page
     assert "best pid" in page
     assert "<script>alert" not in page
+    assert "0.9871" not in page
     assert 'src="http' not in page
 
 

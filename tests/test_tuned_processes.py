@@ -11,6 +11,7 @@ from live import Ear, Pacer, Served, free_port
 
 from engine.config import EngineConfig, ModelSource
 from engine.tuned import Tuned, facts_of
+from envs.step_time import StepTimeModel
 
 ROOT = Path(__file__).parent.parent
 TUNED = Tuned(
@@ -63,6 +64,23 @@ def test_the_controller_runs_the_tuned_law(served: Served, file: Path) -> None:
     ear.stop()
 
 
+def test_a_law_that_predicts_has_its_step_time_model_in_the_file(served: Served, tmp_path: Path) -> None:
+    model = StepTimeModel.load(ROOT / "profiles" / "data" / "h200-mistral-7b.json")
+    predictive = msgspec.structs.replace(
+        TUNED, policy="predictive:quantile=0.99", step_time=msgspec.to_builtins(model.description)
+    )
+    predictive.save(tmp_path / "predictive.tuned.json")
+    address = ("--socket-dir", str(served.socket_dir), "--engine", served.name)
+    ear = Ear(served.endpoints)
+    controller = Pacer("control", *address, "--tuned", str(tmp_path / "predictive.tuned.json"))
+    # It takes this CPU for an H200, on which 100 ms are enough for far more than the fallback's 192 tokens.
+    ear.wait_for(lambda t: t.knobs.source == "controller" and t.knobs.budget_tokens > 1024, "the law that predicts")
+    controller.stop()
+    ear.stop()
+    msgspec.structs.replace(predictive, step_time=None).save(tmp_path / "without.tuned.json")
+    assert "add --profile FILE" in refusal("control", *address, "--tuned", str(tmp_path / "without.tuned.json"))
+
+
 def test_a_controller_refuses_an_engine_with_other_bounds(served: Served, tmp_path: Path) -> None:
     msgspec.structs.replace(TUNED, max_requests=32).save(tmp_path / "other.tuned.json")
     address = ("--socket-dir", str(served.socket_dir), "--engine", served.name)
@@ -82,3 +100,6 @@ def test_what_only_the_loaded_engine_knows_is_refused_then(tmp_path: Path) -> No
     place = ("--socket-dir", str(tmp_path / "s"), "--port", str(free_port()), "--threads", "1")
     told = refusal("serve", *place, "--tuned", str(tmp_path / "gpu.tuned.json"))
     assert "attention 'flash-attn-4', not 'sdpa'" in told
+    msgspec.structs.replace(TUNED, kv_tokens=65_536).save(tmp_path / "here.tuned.json")
+    told = refusal("serve", *place, "--tuned", str(tmp_path / "here.tuned.json"), "--kv-blocks", "128")
+    assert "kv_tokens 65536, not 2048" in told
