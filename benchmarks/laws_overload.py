@@ -18,8 +18,7 @@ from rich.table import Table
 
 from benchmarks.law_cells import STEADY_CELLS, Cell, Setting, Shifting, lengths, parser
 from benchmarks.law_tasks import Search, gaps, trial_key
-from benchmarks.laws_verdicts import Entry, Goal, entries_of, geometric_mean, goals_table
-from benchmarks.report import report
+from benchmarks.laws_verdicts import Entry, Goal, entries_of, geometric_mean, report_goals
 from benchmarks.tasks import Done, Result
 from envs.slo import Slo
 from profiles.capacity import CLAIRVOYANT, Trial
@@ -84,16 +83,11 @@ def main() -> None:
     console, goals = Console(width=150), [goal for entry in entries[:-1] for goal in goals_of(entry, rows[entry])]
     for entry in entries:
         console.print(table_of(entry, rows[entry]))
-    console.print(goals_table(goals))
-    report(
+    report_goals(
+        console,
         "goals that overloaded laws met",
-        sum(goal.ok for goal in goals) / max(len(goals), 1),
-        "all",
-        ok=all(goal.ok for goal in goals),
-        seed=args.seed,
-        seeds=args.seeds,
-        workloads="presets" if args.traces is None else "traces",
-        **{f"{goal.entry}: {goal.what}": goal.figure for goal in goals},
+        args,
+        goals,
         clairvoyant_goodput_of_peak=geometric_mean(row.kept for row in rows[entries[-1]]),
     )
 

@@ -34,8 +34,7 @@ from benchmarks.law_disturbed import (
     Soak,
 )
 from benchmarks.law_tasks import Search
-from benchmarks.laws_verdicts import Entry, Goal, entries_of, goals_table
-from benchmarks.report import report
+from benchmarks.laws_verdicts import Entry, Goal, entries_of, report_goals
 from benchmarks.tasks import Done, Result
 from envs.arrivals import DAY_S
 from envs.step_time import StepTimeModel
@@ -110,17 +109,7 @@ def main() -> None:
         if entry in days:
             console.print(day_table(entry, days[entry]))
             goals += day_goals(entry, days[entry])
-    console.print(goals_table(goals))
-    report(
-        "goals that disturbed laws met",
-        sum(goal.ok for goal in goals) / max(len(goals), 1),
-        "all",
-        ok=all(goal.ok for goal in goals),
-        seed=args.seed,
-        seeds=args.seeds,
-        workloads="presets" if args.traces is None else "traces",
-        **{f"{goal.entry}: {goal.what}": goal.figure for goal in goals},
-    )
+    report_goals(console, "goals that disturbed laws met", args, goals)
 
 
 def arguments() -> argparse.Namespace:

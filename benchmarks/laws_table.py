@@ -28,8 +28,7 @@ from benchmarks.law_cells import (
     parser,
 )
 from benchmarks.law_tasks import Climb, Judge, Search
-from benchmarks.laws_verdicts import Entry, Figures, Standing, cell_table, entries_of, goals_of, goals_table
-from benchmarks.report import report
+from benchmarks.laws_verdicts import Entry, Figures, Standing, cell_table, entries_of, goals_of, report_goals
 from benchmarks.tasks import Done, Result
 from engine.protocol import Bounds
 from profiles.capacity import CLAIRVOYANT, Load, Trial
@@ -70,18 +69,7 @@ def main() -> None:
     for entry in contest.entries:
         console.print(cell_table(standings, entry))
     goals = goals_of(standings, contest.entries)
-    console.print(goals_table(goals))
-    report(
-        "goals that laws met",
-        sum(goal.ok for goal in goals) / max(len(goals), 1),
-        "all",
-        ok=all(goal.ok for goal in goals),
-        seed=args.seed,
-        seeds=args.seeds,
-        cells=len(standings),
-        workloads="presets" if args.traces is None else "traces",
-        **{f"{goal.entry}: {goal.what}": goal.figure for goal in goals},
-    )
+    report_goals(console, "goals that laws met", args, goals, cells=len(standings))
 
 
 def arguments() -> argparse.Namespace:

@@ -1,13 +1,16 @@
 """What the runs of `benchmarks.laws_table` say: each cell's standings, and whether a law met its goals."""
 
+import argparse
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from benchmarks.law_cells import LONG_PROMPTS, Cell
+from benchmarks.report import report
 from profiles.capacity import CLAIRVOYANT, Interval
 
 VLLM_DEFAULT = 8192
@@ -181,6 +184,22 @@ def goals_table(goals: Sequence[Goal]) -> Table:
         met = "yes" if goal.ok else "NO"
         table.add_row(goal.entry.policy, str(goal.entry.dead_time), goal.what, f"{goal.figure:.3f}", goal.bound, met)
     return table
+
+
+def report_goals(console: Console, name: str, args: argparse.Namespace, goals: Sequence[Goal], **more: Any) -> None:
+    """Print the goals, and the share of them that was met as the last line; `args` as of `law_cells.parser`."""
+    console.print(goals_table(goals))
+    report(
+        name,
+        sum(goal.ok for goal in goals) / max(len(goals), 1),
+        "all",
+        ok=all(goal.ok for goal in goals),
+        seed=args.seed,
+        seeds=args.seeds,
+        workloads="presets" if args.traces is None else "traces",
+        **more,
+        **{f"{goal.entry}: {goal.what}": goal.figure for goal in goals},
+    )
 
 
 def cell_table(standings: Sequence[Standing], entry: Entry) -> Table:

@@ -83,6 +83,12 @@ class BatchComposition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     def total_tokens(self) -> int:
         return self.decode_tokens + self.prefill_tokens
 
+    @property
+    def load(self) -> tuple[int, int, int, int, float]:
+        """What its time depends on: decodes, their context, prompts, prompt tokens, W."""
+        prompts = (self.prefill_requests, self.prefill_tokens, self.prefill_attention_tokens2)
+        return self.decode_tokens, self.decode_context_tokens, *prompts
+
 
 class QueueState(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """Who waits after the batch was formed.

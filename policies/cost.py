@@ -60,10 +60,7 @@ class StepCosts:
         self._outlook = foresee(telemetry)
 
     def of(self, batch: BatchComposition) -> float:
-        return self._model.mean_s(
-            *(batch.decode_tokens, batch.decode_context_tokens),
-            *(batch.prefill_requests, batch.prefill_tokens, batch.prefill_attention_tokens2),
-        )
+        return self._model.mean_s(*batch.load)
 
     def of_budget(self, budget_tokens: int) -> float:
         newcomer = (budget_tokens, 0)

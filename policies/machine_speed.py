@@ -48,26 +48,16 @@ class MachineSpeed:
             return
         _observe(
             *(self._coefficients, self._state, self._covariance, self._gain, self._scalars, self.factors),
-            *(*_load(batch), seconds),
+            *(*map(float, batch.load), seconds),
         )
 
     def predicted_s(self, batch: BatchComposition) -> float:
         """Mean seconds of an iteration, as the machine runs now."""
-        return float(np.dot(step_parts(self._coefficients, *_load(batch)), self.factors))
+        return float(np.dot(step_parts(self._coefficients, *map(float, batch.load)), self.factors))
 
     def noise(self, mixed: bool) -> float:
         """Deviation of measured / predicted, as seen lately, over the profile's."""
         return float(np.sqrt(self._scalars[int(mixed)]) / self._profile_deviations[int(mixed)])
-
-
-def _load(batch: BatchComposition) -> tuple[float, float, float, float, float]:
-    return (
-        float(batch.decode_tokens),
-        float(batch.decode_context_tokens),
-        float(batch.prefill_requests),
-        float(batch.prefill_tokens),
-        float(batch.prefill_attention_tokens2),
-    )
 
 
 @compiled

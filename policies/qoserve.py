@@ -83,13 +83,7 @@ class QoServe:
         least_s = self._slacks.least_s(telemetry.scheduled_ns, steps)
         if math.isinf(least_s):  # they have just begun, or we have
             return self._tbt_slo_s if batch.decode_tokens > 0 else None
-        step_s = self._step_time.mean_s(
-            batch.decode_tokens,
-            batch.decode_context_tokens,
-            batch.prefill_requests,
-            batch.prefill_tokens,
-            batch.prefill_attention_tokens2,
-        )
+        step_s = self._step_time.mean_s(*batch.load)
         return least_s + self._tbt_slo_s + steps * (self._tbt_slo_s - step_s)
 
     def _predict_s(self, total: int, outlook: Outlook) -> float:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
@@ -84,7 +85,7 @@ class Search:
 
         try:
             self.study().optimize(noted, n_trials=1)
-        except Exception:
+        except (UpdateFinishedTrialError, ValueError):
             if not (numbers and self._was_lost(numbers[-1])):
                 raise
         return self.progress(asked=True)

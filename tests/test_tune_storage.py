@@ -5,7 +5,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -54,7 +53,7 @@ def begin(one: Search) -> Progress:
 def test_processes_that_begin_one_study_at_once_enter_its_trials_once(tmp_path: Path) -> None:
     one = search(tmp_path)
     with worker_pool(4) as pool:
-        list(in_parallel(pool, time.sleep, [0.1] * 4))  # all are up
+        list(in_parallel(pool, abs, [1] * 4))  # all are up: each gets one
         list(in_parallel(pool, begin, [one] * 4))
     trials = one.study().trials
     assert len(trials) == len(one.objective.space.guesses(256))
@@ -62,7 +61,6 @@ def test_processes_that_begin_one_study_at_once_enter_its_trials_once(tmp_path: 
 
 
 def doubled(values: list[float]) -> int:
-    time.sleep(0.02)
     return 2 * len(values)
 
 
@@ -82,7 +80,6 @@ def test_what_a_task_raises_is_raised_here() -> None:
 
 
 PARENT = """
-import time
 from profiles.parallel import in_parallel, worker_pool
 if __name__ == "__main__":
     with worker_pool(2) as pool:
