@@ -88,9 +88,9 @@ def test_the_floor_is_the_weights_for_a_decode_and_the_arithmetic_for_a_chunk() 
     assert chunk == pytest.approx((2 * 6.98e9 * 4096 + attention) / 790e12, rel=0.01)
 
 
-def pipelined(law: BudgetLaw) -> tuple[float, float]:
+def pipelined(law: BudgetLaw, seed: int) -> tuple[float, float]:
     """(bubble seconds, P99 TBT in s) of long prompts in a modelled pipeline of two, while requests wait."""
-    workload = make_workload("poisson:1", "long-prompts", np.random.default_rng(0), 60, PIPELINE.max_model_tokens)
+    workload = make_workload("poisson:1", "long-prompts", np.random.default_rng(seed), 60, PIPELINE.max_model_tokens)
     simulation = Simulation(Plant(PIPELINE, TRUTH), replace(workload, arrival_s=np.zeros(60)))
     bubbles, gaps = 0.0, list[float]()
 
@@ -107,8 +107,11 @@ def pipelined(law: BudgetLaw) -> tuple[float, float]:
 
 
 def test_microbatches_of_equal_time_leave_fewer_bubbles_and_shorter_gaps_than_a_static_budget() -> None:
-    static_bubbles_s, static_tbt_s = pipelined(StaticBudget(512))
-    equal_bubbles_s, equal_tbt_s = pipelined(EqualTime(TRUTH, 0.02, 2, "equal"))
+    static = [pipelined(StaticBudget(512), seed) for seed in range(3)]
+    equal = [pipelined(EqualTime(TRUTH, 0.02, 2, "equal"), seed) for seed in range(3)]
+    # One seed's 60 prompts say 0.31 to 0.45 of the bubbles: what is left is whole tiles, deep in a prompt 1.4 ms each.
+    static_bubbles_s, static_tbt_s = np.mean(static, axis=0)
+    equal_bubbles_s, equal_tbt_s = np.mean(equal, axis=0)
     assert equal_bubbles_s < 0.45 * static_bubbles_s
     assert equal_tbt_s < 0.5 * static_tbt_s
     assert equal_tbt_s == pytest.approx(2 * 0.02, rel=0.2), "two microbatches take turns"

@@ -80,6 +80,7 @@ def test_what_a_task_raises_is_raised_here() -> None:
 
 
 PARENT = """
+import time
 from profiles.parallel import in_parallel, worker_pool
 if __name__ == "__main__":
     with worker_pool(2) as pool:
