@@ -45,51 +45,59 @@ class BatchChooser:
 
     def step_s(self, outlook: Outlook, budget_tokens: int, factors: FloatArray) -> float:
         """Mean seconds of the batch that this budget makes of what is known to wait, the chunk being the budget."""
-        tokens = max(float(budget_tokens - outlook.decodes), 0.0)
-        requests, computed, attention, _ = _load(*_prompts(outlook), tokens, tokens)
-        load = (float(outlook.decodes), float(outlook.decode_context_tokens), requests, computed, attention)
-        return float(_seconds(self._coefficients, factors, *load))
+        decodes, prompts = _known(outlook)
+        tokens = max(budget_tokens - decodes.requests, 0.0)
+        requests, computed, attention, _ = _load(prompts, tokens, tokens)
+        return float(_seconds(_Machine(self._coefficients, factors), decodes, requests, computed, attention))
 
     def choose(self, outlook: Outlook, limit_s: float, factors: FloatArray, share: bool) -> Choice:
         """Budget 0 if no batch fits. `factors` multiply the parts of the step time; `share` allows small chunks."""
-        return Choice(
-            *_choose(
-                *(self._coefficients, factors, float(outlook.decodes), float(outlook.decode_context_tokens)),
-                *_prompts(outlook),
-                *(limit_s, self._tile, self._most_tiles, SHARES if share else 1.0),
-            )
-        )
+        machine, (decodes, prompts) = _Machine(self._coefficients, factors), _known(outlook)
+        most_shares = SHARES if share else 1.0
+        return Choice(*_choose(machine, decodes, prompts, limit_s, self._tile, self._most_tiles, most_shares))
 
 
-def _prompts(outlook: Outlook) -> tuple[FloatArray, FloatArray, float, float]:
-    """(remaining, context, behind, each), as `_load` has them."""
+class _Machine(NamedTuple):
+    """What a batch's time is told by: the packed model, and factors on the parts of its step time."""
+
+    coefficients: FloatArray
+    factors: FloatArray
+
+
+class _Decodes(NamedTuple):
+    requests: float
+    context_tokens: float
+
+
+class _Prompts(NamedTuple):
+    """In the order in which they are served: those known, with `remaining` tokens after `context`; then `behind` more.
+
+    Those behind are taken to have `each` tokens.
+    """
+
+    remaining: FloatArray
+    context: FloatArray
+    behind: float
+    each: float
+
+
+def _known(outlook: Outlook) -> tuple[_Decodes, _Prompts]:
     listed, behind = np.array(outlook.prompts, np.float64).reshape(-1, 2), float(outlook.behind_requests)
-    return listed[:, 0], listed[:, 1], behind, outlook.behind_tokens / behind if behind else 0.0
+    prompts = _Prompts(listed[:, 0], listed[:, 1], behind, outlook.behind_tokens / behind if behind else 0.0)
+    return _Decodes(float(outlook.decodes), float(outlook.decode_context_tokens)), prompts
 
 
 @compiled
-def _seconds(
-    coefficients: FloatArray,
-    factors: FloatArray,
-    decodes: float,
-    decode_context: float,
-    requests: float,
-    tokens: float,
-    attention: float,
-) -> float:
-    parts = step_parts(coefficients, decodes, decode_context, requests, tokens, attention)
+def _seconds(machine: _Machine, decodes: _Decodes, requests: float, tokens: float, attention: float) -> float:
+    parts = step_parts(machine.coefficients, decodes.requests, decodes.context_tokens, requests, tokens, attention)
+    factors = machine.factors
     return float(parts[0] * factors[0] + parts[1] * factors[1] + parts[2] * factors[2] + parts[3] * factors[3])
 
 
 @compiled
-def _load(
-    remaining: FloatArray, context: FloatArray, behind: float, each: float, tokens: float, chunk: float
-) -> tuple[float, float, float, float]:
-    """(requests, tokens, W, gain) of a batch that may compute `tokens` prompt tokens, at most `chunk` of each prompt.
-
-    The prompts come in the order in which they are served: those known, with `remaining` tokens after `context`; then
-    `behind` more of `each` tokens.
-    """
+def _load(prompts: _Prompts, tokens: float, chunk: float) -> tuple[float, float, float, float]:
+    """(requests, tokens, W, gain) of a batch of at most `tokens` prompt tokens, at most `chunk` of each prompt."""
+    remaining, context, behind, each = prompts
     requests = attention = gain = 0.0
     left = tokens
     for i in range(len(remaining)):
@@ -113,14 +121,9 @@ def _load(
 
 @compiled
 def _largest_budget(
-    coefficients: FloatArray,
-    factors: FloatArray,
-    decodes: float,
-    decode_context: float,
-    remaining: FloatArray,
-    context: FloatArray,
-    behind: float,
-    each: float,
+    machine: _Machine,
+    decodes: _Decodes,
+    prompts: _Prompts,
     limit_s: float,
     tile: int,
     most_tiles: int,
@@ -129,14 +132,14 @@ def _largest_budget(
     """The most whole tiles whose batch takes `limit_s` at most, or none (0), should newcomers fill what is left."""
     fits, beyond, probe = 0, most_tiles + 1, most_tiles  # often everything fits
     while beyond - fits > 1:
-        tokens = max(probe * tile - decodes, 0.0)
+        tokens = max(probe * tile - decodes.requests, 0.0)
         chunk = tokens if shares == 1.0 else _chunk(tokens, shares, tile)
-        requests, computed, attention, _ = _load(remaining, context, behind, each, tokens, chunk)
+        requests, computed, attention, _ = _load(prompts, tokens, chunk)
         if computed < tokens:
             part = min(chunk, tokens - computed)
             requests += np.ceil((tokens - computed) / part)
             attention += 0.5 * (tokens - computed) * part
-        if _seconds(coefficients, factors, decodes, decode_context, requests, tokens, attention) <= limit_s:
+        if _seconds(machine, decodes, requests, tokens, attention) <= limit_s:
             fits = probe
         else:
             beyond = probe
@@ -151,14 +154,9 @@ def _chunk(tokens: float, shares: float, tile: int) -> float:
 
 @compiled
 def _choose(
-    coefficients: FloatArray,
-    factors: FloatArray,
-    decodes: float,
-    decode_context: float,
-    remaining: FloatArray,
-    context: FloatArray,
-    behind: float,
-    each: float,
+    machine: _Machine,
+    decodes: _Decodes,
+    prompts: _Prompts,
     limit_s: float,
     tile: int,
     most_tiles: int,
@@ -167,21 +165,18 @@ def _choose(
     best_budget, best_chunk, best_s, best = 0, 0, 0.0, 0.0
     shares = 1.0
     while shares <= most_shares:
-        budget = _largest_budget(
-            *(coefficients, factors, decodes, decode_context, remaining, context, behind, each),
-            *(limit_s, tile, most_tiles, shares),
-        )
-        tokens = max(budget - decodes, 0.0)
+        budget = _largest_budget(machine, decodes, prompts, limit_s, tile, most_tiles, shares)
+        tokens = max(budget - decodes.requests, 0.0)
         chunk = float(budget) if shares == 1.0 else _chunk(tokens, shares, tile)
-        requests, computed, attention, gain = _load(remaining, context, behind, each, tokens, chunk)
-        seconds = _seconds(coefficients, factors, decodes, decode_context, requests, computed, attention)
+        requests, computed, attention, gain = _load(prompts, tokens, chunk)
+        seconds = _seconds(machine, decodes, requests, computed, attention)
         # Without sharing the same tokens are of as many prompts as it takes to find them.
-        whole = _load(remaining, context, behind, each, computed, computed)[0]
-        whole_s = _seconds(coefficients, factors, decodes, decode_context, max(whole, 1.0), computed, attention)
+        whole = _load(prompts, computed, computed)[0]
+        whole_s = _seconds(machine, decodes, max(whole, 1.0), computed, attention)
         value = gain / max(seconds, 1e-9) / (1.0 + COMPANY * shares * max(seconds / max(whole_s, 1e-9) - 1.0, 0.0))
         if shares == 1.0 or value > WORTH * best:
             best_budget, best_chunk, best_s, best = budget, int(chunk), seconds, value
-        if tokens <= 0.0 or len(remaining) + behind < 2.0:
+        if tokens <= 0.0 or len(prompts.remaining) + prompts.behind < 2.0:
             break
         shares *= 2.0
     return best_budget, best_chunk, best_s
