@@ -45,15 +45,19 @@ Serve = Callable[[int, Workload, Path], None]
 """Serves a workload under a budget, and leaves the figures in the folder."""
 
 
+def serve_flags(args: argparse.Namespace, longest: int) -> list[str]:
+    """Of `pacer serve`: Mistral-7B's shape, its folder in `args.out`, or on a CPU the built-in model."""
+    flags = ["--max-model-len", str(longest), "--attention", args.attention]
+    if args.device == "cpu":
+        return flags
+    folder = write_folder(args.out / "mistral-7b")
+    flags += ["--model", str(folder), "--load-format", "dummy", "--device", "cuda"]
+    return [*flags, "--max-num-seqs", "256", "--max-num-batched-tokens", "8192"]
+
+
 @contextmanager
 def ours(args: argparse.Namespace) -> Iterator[Serve]:
-    flags = ["--max-model-len", str(LONGEST), "--attention", args.attention]
-    if args.device == "cuda":
-        folder = write_folder(args.out / "mistral-7b")
-        flags += ["--model", str(folder), "--load-format", "dummy", "--device", "cuda", "--max-num-seqs", "256"]
-        flags += ["--max-num-batched-tokens", "8192"]
-    else:
-        flags[1] = "2048"
+    flags = serve_flags(args, LONGEST if args.device == "cuda" else 2048)
     with live_engine(start, "serving", args.seed, *flags) as engine:
 
         def serve(budget: int, workload: Workload, folder: Path) -> None:

@@ -32,7 +32,7 @@ CALIBRATION = 1000  # seeds from here on
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Live:
-    """What the live engine did with one workload under one policy."""
+    """What the live engine did with one workload under one policy. Iterations end `ended_s` after the first arrival."""
 
     workload: Workload
     ttft_s: FloatArray
@@ -40,6 +40,7 @@ class Live:
     duration_s: float
     goodput: float
     iterations: Iterations
+    ended_s: FloatArray
 
 
 class Cell(NamedTuple):
@@ -80,14 +81,16 @@ def read_live(folder: Path, slo: Slo) -> Live:
     gaps = [np.diff(t[1:]) for *_, t in ended]
     met = [slo.met(t[0], gap, t[-1] - arrival * 1e-9) for (arrival, *_, t), gap in zip(ended, gaps, strict=True)]
     duration_s = max(t[-1] for *_, t in ended) - first_ns * 1e-9
-    iterations = Iterations.from_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    ended_s = table["time_s"].to_numpy()
     return Live(
         workload,
         np.array([t[0] for *_, t in ended]),
         np.concatenate(gaps),
         duration_s,
         sum(met) / duration_s,
-        replace(iterations, intervals=False),  # this engine waits for each batch: every stamp can be trusted
+        replace(Iterations.from_table(table), intervals=False),  # it waits for each batch: stamps can be trusted
+        ended_s - ended_s.max() + duration_s,  # the last one gave the last token
     )
 
 

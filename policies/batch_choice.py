@@ -45,57 +45,42 @@ class BatchChooser:
 
     def step_s(self, outlook: Outlook, budget_tokens: int, factors: FloatArray) -> float:
         """Mean seconds of the batch that this budget makes of what is known to wait, the chunk being the budget."""
-        decodes, prompts = _known(outlook)
-        tokens = max(budget_tokens - decodes.requests, 0.0)
-        requests, computed, attention, _ = _load(prompts, tokens, tokens)
-        return float(_seconds(_Machine(self._coefficients, factors), decodes, requests, computed, attention))
+        return float(_step_s((self._coefficients, factors), *_known(outlook), float(budget_tokens)))
 
     def choose(self, outlook: Outlook, limit_s: float, factors: FloatArray, share: bool) -> Choice:
         """Budget 0 if no batch fits. `factors` multiply the parts of the step time; `share` allows small chunks."""
-        machine, (decodes, prompts) = _Machine(self._coefficients, factors), _known(outlook)
+        machine, (decodes, prompts) = (self._coefficients, factors), _known(outlook)
         most_shares = SHARES if share else 1.0
         return Choice(*_choose(machine, decodes, prompts, limit_s, self._tile, self._most_tiles, most_shares))
 
 
-class _Machine(NamedTuple):
-    """What a batch's time is told by: the packed model, and factors on the parts of its step time."""
-
-    coefficients: FloatArray
-    factors: FloatArray
-
-
-class _Decodes(NamedTuple):
-    requests: float
-    context_tokens: float
-
-
-class _Prompts(NamedTuple):
-    """In the order in which they are served: those known, with `remaining` tokens after `context`; then `behind` more.
-
-    Those behind are taken to have `each` tokens.
-    """
-
-    remaining: FloatArray
-    context: FloatArray
-    behind: float
-    each: float
+# Plain tuples, which numba takes from Python microseconds faster than named ones.
+Machine = tuple[FloatArray, FloatArray]
+"""What a batch's time is told by: the packed model, and factors on the parts of its step time."""
+Decodes = tuple[float, float]
+"""How many, and their context in tokens."""
+Prompts = tuple[FloatArray, FloatArray, float, float]
+"""In the order in which they are served: tokens left of those known, and their context; how many more wait behind them,
+and the tokens that each of those is taken to have.
+"""
 
 
-def _known(outlook: Outlook) -> tuple[_Decodes, _Prompts]:
+def _known(outlook: Outlook) -> tuple[Decodes, Prompts]:
     listed, behind = np.array(outlook.prompts, np.float64).reshape(-1, 2), float(outlook.behind_requests)
-    prompts = _Prompts(listed[:, 0], listed[:, 1], behind, outlook.behind_tokens / behind if behind else 0.0)
-    return _Decodes(float(outlook.decodes), float(outlook.decode_context_tokens)), prompts
+    each = outlook.behind_tokens / behind if behind else 0.0
+    decodes = float(outlook.decodes), float(outlook.decode_context_tokens)
+    return decodes, (listed[:, 0], listed[:, 1], behind, each)
 
 
 @compiled
-def _seconds(machine: _Machine, decodes: _Decodes, requests: float, tokens: float, attention: float) -> float:
-    parts = step_parts(machine.coefficients, decodes.requests, decodes.context_tokens, requests, tokens, attention)
-    factors = machine.factors
+def _seconds(machine: Machine, decodes: Decodes, requests: float, tokens: float, attention: float) -> float:
+    coefficients, factors = machine
+    parts = step_parts(coefficients, decodes[0], decodes[1], requests, tokens, attention)
     return float(parts[0] * factors[0] + parts[1] * factors[1] + parts[2] * factors[2] + parts[3] * factors[3])
 
 
 @compiled
-def _load(prompts: _Prompts, tokens: float, chunk: float) -> tuple[float, float, float, float]:
+def _load(prompts: Prompts, tokens: float, chunk: float) -> tuple[float, float, float, float]:
     """(requests, tokens, W, gain) of a batch of at most `tokens` prompt tokens, at most `chunk` of each prompt."""
     remaining, context, behind, each = prompts
     requests = attention = gain = 0.0
@@ -120,10 +105,17 @@ def _load(prompts: _Prompts, tokens: float, chunk: float) -> tuple[float, float,
 
 
 @compiled
+def _step_s(machine: Machine, decodes: Decodes, prompts: Prompts, budget: float) -> float:
+    tokens = max(budget - decodes[0], 0.0)
+    requests, computed, attention, _ = _load(prompts, tokens, tokens)
+    return _seconds(machine, decodes, requests, computed, attention)
+
+
+@compiled
 def _largest_budget(
-    machine: _Machine,
-    decodes: _Decodes,
-    prompts: _Prompts,
+    machine: Machine,
+    decodes: Decodes,
+    prompts: Prompts,
     limit_s: float,
     tile: int,
     most_tiles: int,
@@ -132,7 +124,7 @@ def _largest_budget(
     """The most whole tiles whose batch takes `limit_s` at most, or none (0), should newcomers fill what is left."""
     fits, beyond, probe = 0, most_tiles + 1, most_tiles  # often everything fits
     while beyond - fits > 1:
-        tokens = max(probe * tile - decodes.requests, 0.0)
+        tokens = max(probe * tile - decodes[0], 0.0)
         chunk = tokens if shares == 1.0 else _chunk(tokens, shares, tile)
         requests, computed, attention, _ = _load(prompts, tokens, chunk)
         if computed < tokens:
@@ -154,9 +146,9 @@ def _chunk(tokens: float, shares: float, tile: int) -> float:
 
 @compiled
 def _choose(
-    machine: _Machine,
-    decodes: _Decodes,
-    prompts: _Prompts,
+    machine: Machine,
+    decodes: Decodes,
+    prompts: Prompts,
     limit_s: float,
     tile: int,
     most_tiles: int,
@@ -166,7 +158,7 @@ def _choose(
     shares = 1.0
     while shares <= most_shares:
         budget = _largest_budget(machine, decodes, prompts, limit_s, tile, most_tiles, shares)
-        tokens = max(budget - decodes.requests, 0.0)
+        tokens = max(budget - decodes[0], 0.0)
         chunk = float(budget) if shares == 1.0 else _chunk(tokens, shares, tile)
         requests, computed, attention, gain = _load(prompts, tokens, chunk)
         seconds = _seconds(machine, decodes, requests, computed, attention)
@@ -176,7 +168,7 @@ def _choose(
         value = gain / max(seconds, 1e-9) / (1.0 + COMPANY * shares * max(seconds / max(whole_s, 1e-9) - 1.0, 0.0))
         if shares == 1.0 or value > WORTH * best:
             best_budget, best_chunk, best_s, best = budget, int(chunk), seconds, value
-        if tokens <= 0.0 or len(prompts.remaining) + prompts.behind < 2.0:
+        if tokens <= 0.0 or len(prompts[0]) + prompts[2] < 2.0:
             break
         shares *= 2.0
     return best_budget, best_chunk, best_s

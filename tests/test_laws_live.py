@@ -1,0 +1,70 @@
+"""What the live benchmark of the laws makes of its runs; the runs themselves are too long for a test."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.law_cells import LONG_PROMPTS
+from benchmarks.laws_live import OVERLOAD, PLACES, Cell, Verdict, cells_of, goals_of, oracle
+from engine.config import EngineConfig
+from envs.simulator import Plant, Simulation
+from envs.slo import Slo
+from envs.step_time import StepTimeModel
+from envs.trace import make_workload
+
+MODEL = StepTimeModel.from_formula((8e-3, 1e-4, 1e-8), (8e-3, 2e-4, 1e-8, 2e-8, 1e-4))
+PLANT = Plant(EngineConfig(), MODEL)
+CELL = Cell(LONG_PROMPTS, Slo(tbt_s=0.1), "static:budget=64", [])
+
+
+def test_the_oracle_keeps_the_promise_and_a_larger_budget_does_not() -> None:
+    slo = Slo(tbt_s=0.06)
+    drawn = [make_workload("poisson:50", "uniform:100-900,10-60", np.random.default_rng(s), 60) for s in range(2)]
+    found = int(oracle(PLANT, drawn, slo).rpartition("=")[2])
+
+    def p99_s(budget: int) -> float:
+        simulations = [Simulation(PLANT, workload, seed) for seed, workload in enumerate(drawn)]
+        for simulation in simulations:
+            simulation.run_static(budget, budget)
+        return max(float(np.quantile(simulation.outcome().tbt_s, 0.99)) for simulation in simulations)
+
+    assert p99_s(found) <= 0.06 < p99_s(int(1.3 * found) // 16 * 16)
+
+
+def test_a_plan_is_made_once(tmp_path: Path) -> None:
+    args = argparse.Namespace(
+        out=tmp_path, workloads=[LONG_PROMPTS], slos_ms=[60], seeds=2, seed=0, quick=True, device="cpu"
+    )
+    (cell,) = cells_of(args, PLACES["cpu"], PLANT)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    (load,) = plan.values()
+    assert [len(workload) for workload in cell.requests] == [load["n"]] * 2
+    assert len(cell.requests[0]) / cell.requests[0].arrival_s[-1] == pytest.approx(load["rate"], rel=0.4)
+    assert load["rate"] > OVERLOAD * 0.1
+    slower = Plant(EngineConfig(), MODEL.scaled(2.0))
+    (again,) = cells_of(args, PLACES["cpu"], slower)
+    assert (again.oracle, len(again.requests[0])) == (cell.oracle, load["n"]), "runs made before are of this plan"
+
+
+@pytest.mark.parametrize(("carried", "ok"), [([1.2, 1.1, 1.15], True), ([1.01, 1.02, 1.0], False)])
+def test_long_prompts_ask_for_a_tenth_more_than_the_oracle_within_the_interval(carried: list[float], ok: bool) -> None:
+    steady = [1.0, 1.0, 1.0]
+    found = {
+        "predictive": Verdict(carried, carried, [0.98, 1.0, 0.99], steady),
+        CELL.oracle: Verdict(steady, steady, steady, steady),
+    }
+    error, tbt, of_oracle = goals_of([CELL], [found])
+    assert error.ok
+    assert tbt.ok
+    assert of_oracle.ok == ok
+
+
+def test_a_simulator_that_is_off_by_a_tenth_is_told() -> None:
+    found = {name: Verdict([1.0, 1.0], [1.1, 1.1], [1.2, 1.0], [1.0, 1.0]) for name in ("predictive", CELL.oracle)}
+    error, tbt, _ = goals_of([CELL], [found])
+    assert error.figure == pytest.approx(0.1)
+    assert tbt.figure == pytest.approx(1.1)
+    assert not (error.ok or tbt.ok)
