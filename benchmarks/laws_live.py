@@ -111,7 +111,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     profile = args.profile or measured(args)
     model = StepTimeModel.load(profile)
-    cells = list(cells_of(args, place, Plant(engine_config(profile), model)))
+    cells = list(cells_of(args, place, Plant(EngineConfig(**msgspec.structs.asdict(Capacities.of(profile))), model)))
     with live_engine(start, "laws-live", args.seed, *serve_flags(args, place.longest)) as engine:
         for cell in cells:
             serve_cell(engine, args, cell, place, profile)
@@ -147,18 +147,6 @@ def measured(args: argparse.Namespace) -> Path:
         if process.exitcode:
             raise ChildProcessError(f"pacer profile ended with exit status {process.exitcode}")
     return path
-
-
-def engine_config(profile: Path) -> EngineConfig:
-    told = Capacities.of(profile)
-    return EngineConfig(
-        max_budget_tokens=told.max_budget_tokens,
-        max_requests=told.max_requests,
-        max_model_tokens=told.max_model_tokens,
-        block_tokens=told.block_tokens,
-        kv_blocks=told.kv_blocks,
-        look_ahead=told.look_ahead,
-    )
 
 
 def cells_of(args: argparse.Namespace, place: Place, plant: Plant) -> Iterator[Cell]:
