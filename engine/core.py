@@ -42,7 +42,7 @@ class Runner(Protocol):
 class EngineCore:
     """One engine without its sockets to the world: `scheduler`, `runner`, `link` and `clock` are what it is made of.
 
-    `clock` gives monotonic nanoseconds; `deliver` takes the tokens of an iteration, once another one runs. With a real
+    `clock` gives monotonic nanoseconds; `deliver` takes the tokens of an iteration while another one runs. With a real
     runner and sockets this is the live engine; with a simulated runner and a virtual clock it is the simulator; the
     core never asks which.
     """
@@ -76,6 +76,8 @@ class EngineCore:
         now_ns = self._clock()
         if self._work_since_ns is None:
             self._work_since_ns = now_ns
+        if self._in_flight:
+            self._hand_over()  # at once: clients need not wait for a launch while the device has work
         knobs = self._actuator.read(now_ns)
         batch = self.scheduler.schedule(knobs.budget_tokens, knobs.chunk_tokens, now_ns)
         batch.work_since_ns = self._work_since_ns

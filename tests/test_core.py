@@ -8,7 +8,7 @@ from plant import Loop, VirtualClock
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.protocol import MOST_PROMPTS, VERSION, Finished, Knobs
-from engine.request import Batch, SamplingParams, Submit
+from engine.request import Batch, SamplingParams, Submit, TokenOutput
 from engine.scheduler import Scheduler
 
 
@@ -104,6 +104,23 @@ def test_tokens_are_handed_over_while_the_next_iteration_runs_and_the_last_at_on
         counts.append(len(loop.tokens))
     assert counts == [0, 1, 2, 3]
     assert [t.finish_reason for t in loop.tokens] == [None, None, "length"]
+
+
+def test_with_another_iteration_on_the_device_tokens_do_not_wait_for_the_host_to_form_a_batch() -> None:
+    loop = Loop(None, config=EngineConfig(look_ahead=True), fixed_s=0.01, per_token_s=0.0)
+    scheduler = SlowScheduler(loop.config)
+    scheduler.clock, started_ns = loop.clock, loop.clock.now_ns
+    handed_over_s: list[float] = []
+
+    def deliver(tokens: list[TokenOutput]) -> None:
+        handed_over_s.extend([(loop.clock.now_ns - started_ns) * 1e-9] * len(tokens))
+
+    loop.core = EngineCore("e-1", loop.config, scheduler, loop.device, loop.link, loop.clock, deliver)
+    loop.submit("a", 10, 4)
+    for _ in range(10):
+        loop.step()
+    # The first batch is formed in 3 ms; the device computes from then on, 10 ms each.
+    assert handed_over_s == pytest.approx([0.013, 0.023, 0.033, 0.043])
 
 
 def test_the_queue_is_reported() -> None:
