@@ -41,12 +41,11 @@ from envs.trace import Workload, make_workload
 from profiles.capacity import Interval, Trial
 from profiles.compare import present
 from profiles.compare_live import run_of
-from profiles.live_engine import LiveEngine, live_engine
+from profiles.live_engine import live_engine
 from profiles.results import Comparison, Run
 from profiles.tune_flags import Capacities
 
-LAW = "predictive"
-OVERLOAD = 1.3  # times the capacity that the simulator finds
+OVERLOAD = 1.3  # times the capacity that the simulator finds, with the predictive law
 AS_SIMULATED = 0.05
 LADDER = 1.06
 CODE = "azure code"
@@ -71,10 +70,11 @@ PLACES = {
 
 
 class Cell(NamedTuple):
-    """A workload under a promise, the best static budget there, and the requests of each seed."""
+    """A workload under a promise, the laws, the best static budget there, and the requests of each seed."""
 
     workload: str
     slo: Slo
+    laws: Sequence[str]
     oracle: str
     requests: list[Workload]
 
@@ -82,9 +82,9 @@ class Cell(NamedTuple):
         return out / f"{self.workload.replace(' ', '-')}-{1e3 * (self.slo.tbt_s or 0):.0f}"
 
     def runs(self, place: Place) -> Iterator[tuple[str, int]]:
-        """(policy, seed): the law and the oracle on all seeds, other budgets on the first."""
+        """(policy, seed): the laws and the oracle on all seeds, other budgets on the first."""
         seeds = range(len(self.requests))
-        yield from product((LAW, self.oracle), seeds)
+        yield from product((*self.laws, self.oracle), seeds)
         yield from product([p for p in map(static, place.budgets) if p != self.oracle], seeds[:1])
 
 
@@ -112,13 +112,15 @@ def main() -> None:
     profile = args.profile or measured(args)
     model = StepTimeModel.load(profile)
     cells = list(cells_of(args, place, Plant(EngineConfig(**msgspec.structs.asdict(Capacities.of(profile))), model)))
-    with live_engine(start, "laws-live", args.seed, *serve_flags(args, place.longest)) as engine:
-        for cell in cells:
-            serve_cell(engine, args, cell, place, profile)
+    serve_missing(args, cells, place, profile)
+    for cell in cells:
+        present_runs(args, cell, place)
     verdicts = [judge(args.out, cell, place, model) for cell in cells]
     for cell, found in zip(cells, verdicts, strict=True):
         console.print(table_of(cell, found))
-    report_goals(console, "goals that predictive met live", args, goals_of(cells, verdicts), cells=len(cells))
+    report_goals(
+        console, f"goals that {' and '.join(args.policies)} met live", args, goals_of(cells, verdicts), cells=len(cells)
+    )
 
 
 def arguments() -> argparse.Namespace:
@@ -127,6 +129,7 @@ def arguments() -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--profile", type=Path, help="step-time model of this machine, from pacer profile")
     add("--attention", default="auto", help="backend")
+    add("--policies", nargs="+", default=["predictive"], metavar="LAW")
     add("--workloads", nargs="+", choices=sorted(PRESETS), default=sorted(PRESETS))
     add("--slos-ms", type=int, nargs="+", help="instead of the machine's")
     add("--seeds", type=int, default=3)
@@ -162,14 +165,14 @@ def cells_of(args: argparse.Namespace, place: Place, plant: Plant) -> Iterator[C
             return make_workload(f"poisson:{rate}", place.lengths[name], rng, n, place.longest)
 
         if key not in known:
-            capacity = Trial(plant, requests(1.0, 600, args.seed), slo, args.seed, LAW).capacity()
+            capacity = Trial(plant, requests(1.0, 600, args.seed), slo, args.seed, "predictive").capacity()
             n = max(round(capacity * place.run_s * (0.5 if args.quick else 1.0)), place.least_requests)
             known[key] = {"rate": OVERLOAD * capacity, "n": n}
         load = known[key]
         drawn = [requests(load["rate"], load["n"], seed) for seed in range(args.seed, args.seed + args.seeds)]
         load.setdefault("oracle", oracle(plant, drawn, slo))
         plan.write_text(json.dumps(known, indent=1))
-        yield Cell(name, slo, load["oracle"], drawn)
+        yield Cell(name, slo, args.policies, load["oracle"], drawn)
 
 
 def oracle(plant: Plant, drawn: Sequence[Workload], slo: Slo) -> str:
@@ -192,23 +195,35 @@ def throughput(outcome: Outcome) -> float:
     return len(outcome.workload) / outcome.duration_s
 
 
-def serve_cell(engine: LiveEngine, args: argparse.Namespace, cell: Cell, place: Place, profile: Path) -> None:
-    """Make the runs that the folder does not hold, and the report of all."""
-    rate = float(len(cell.requests[0]) / cell.requests[0].arrival_s[-1])
-    runs = list[Run]()
-    for policy, seed in cell.runs(place):
-        folder = run_folder(args.out, cell, policy, seed)
-        kept = folder / "run.json"
-        if not kept.exists():
-            flags = ["--profile", str(profile)] if policy == LAW else []
+def serve_missing(args: argparse.Namespace, cells: Sequence[Cell], place: Place, profile: Path) -> None:
+    """Make the runs that the folder does not hold."""
+    runs = [(cell, *run) for cell in cells for run in cell.runs(place)]
+    missing = [run for run in runs if not (run_folder(args.out, *run) / "run.json").exists()]
+    if not missing:
+        return
+    with live_engine(start, "laws-live", args.seed, *serve_flags(args, place.longest)) as engine:
+        for cell, policy, seed in missing:
+            folder = run_folder(args.out, cell, policy, seed)
+            flags = ["--profile", str(profile)] if policy in cell.laws else []
             summary = engine.replay_under(policy, cell.slo, cell.requests[seed], folder, *flags)
-            kept.write_bytes(msgspec.json.encode(run_of(summary, policy, rate, seed)))
-        runs.append(msgspec.json.decode(kept.read_bytes(), type=Run))
-    statics = sorted({run.policy for run in runs} - {LAW})
+            run = run_of(summary, policy, rate_of(cell), seed)
+            (folder / "run.json").write_bytes(msgspec.json.encode(run))
+
+
+def present_runs(args: argparse.Namespace, cell: Cell, place: Place) -> None:
+    """Write the report of a cell's runs."""
+    paths = [run_folder(args.out, cell, *run) / "run.json" for run in cell.runs(place)]
+    runs = [msgspec.json.decode(path.read_bytes(), type=Run) for path in paths]
+    statics = sorted({run.policy for run in runs} - set(cell.laws))
     title = f"{cell.workload}, live, {OVERLOAD} times capacity"
     made_by = {"command": "python -m benchmarks.laws_live", "seed": args.seed, "device": args.device}
-    found = Comparison(title, str(cell.slo), [LAW, *statics], statics, [rate], {}, runs, made_by)
+    found = Comparison(title, str(cell.slo), [*cell.laws, *statics], statics, [rate_of(cell)], {}, runs, made_by)
     present(found, cell.folder(args.out))
+
+
+def rate_of(cell: Cell) -> float:
+    """Requests a second that arrive."""
+    return float(len(cell.requests[0]) / cell.requests[0].arrival_s[-1])
 
 
 def run_folder(out: Path, cell: Cell, policy: str, seed: int) -> Path:
@@ -249,9 +264,10 @@ def table_of(cell: Cell, found: dict[str, Verdict]) -> Table:
 
 def goals_of(cells: Sequence[Cell], verdicts: Sequence[dict[str, Verdict]]) -> list[Goal]:
     """Claims that a machine's noise may hide are judged by the upper end of their interval over the seeds."""
-    entry, goals = Entry(LAW), list[Goal]()
-    for cell, found in zip(cells, verdicts, strict=True):
-        law, where = found[LAW], f"{cell.workload} {1e3 * (cell.slo.tbt_s or 0):.0f} ms"
+    goals = list[Goal]()
+    judged = [(cell, found, law) for cell, found in zip(cells, verdicts, strict=True) for law in cell.laws]
+    for cell, found, name in judged:
+        entry, law, where = Entry(name), found[name], f"{cell.workload} {1e3 * (cell.slo.tbt_s or 0):.0f} ms"
         of_oracle = Interval.of([a / b for a, b in zip(law.live, found[cell.oracle].live, strict=True)])
         upper = of_oracle.mean + (0.0 if np.isnan(of_oracle.half_width) else of_oracle.half_width)
         goals += [

@@ -17,7 +17,7 @@ from envs.trace import make_workload
 
 MODEL = StepTimeModel.from_formula((8e-3, 1e-4, 1e-8), (8e-3, 2e-4, 1e-8, 2e-8, 1e-4))
 PLANT = Plant(EngineConfig(), MODEL)
-CELL = Cell(LONG_PROMPTS, Slo(tbt_s=0.1), "static:budget=64", [])
+CELL = Cell(LONG_PROMPTS, Slo(tbt_s=0.1), ["predictive"], "static:budget=64", [])
 
 
 def test_the_oracle_keeps_the_promise_and_a_larger_budget_does_not() -> None:
@@ -36,7 +36,14 @@ def test_the_oracle_keeps_the_promise_and_a_larger_budget_does_not() -> None:
 
 def test_a_plan_is_made_once(tmp_path: Path) -> None:
     args = argparse.Namespace(
-        out=tmp_path, workloads=[LONG_PROMPTS], slos_ms=[60], seeds=2, seed=0, quick=True, device="cpu"
+        out=tmp_path,
+        workloads=[LONG_PROMPTS],
+        slos_ms=[60],
+        seeds=2,
+        seed=0,
+        quick=True,
+        device="cpu",
+        policies=["predictive"],
     )
     (cell,) = cells_of(args, PLACES["cpu"], PLANT)
     plan = json.loads((tmp_path / "plan.json").read_text())
