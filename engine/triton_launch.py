@@ -6,7 +6,7 @@ import torch
 
 
 class Launcher:
-    """A Triton kernel, compiled once for each dtype and each set of constants.
+    """A Triton kernel, compiled once for each dtype of its first tensor and each set of constants.
 
     Triton's own launch looks at every argument, every time, for the variant that fits. Here the first launch with some
     constants decides: later tensors must be aligned to 16 bytes where the first ones were, as torch allocates them, and
@@ -20,7 +20,10 @@ class Launcher:
     def __call__(
         self, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: tuple[int, ...], warps: int = 4
     ) -> None:
-        """`arguments`, a tensor first, then `constants` are the kernel's parameters; `warps` follow from constants."""
+        """`arguments`, then `constants` are the kernel's parameters; `warps` follow from constants.
+
+        The first argument is a tensor whose dtype decides those of all others.
+        """
         key = arguments[0].dtype, constants
         compiled = self.compiled.get(key)
         if compiled is None:

@@ -162,11 +162,11 @@ def _attend_kernel(
 
 @triton.jit
 def _join_kernel(
+    out,
     row_items,
     query_starts,
     partial,
     lse,
-    out,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     SPLITS_TILE: tl.constexpr,
@@ -275,7 +275,7 @@ class SplitDecode:
         )
         _JOIN(
             (self.heads, rows, 1),
-            (row_items, starts, plan.partial, plan.lse, out),
+            (out, row_items, starts, plan.partial, plan.lse),
             (self.heads, self.head_dim, _SPLITS_TILE, self.dim_tile),
         )
 
