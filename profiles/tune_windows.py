@@ -25,6 +25,7 @@ AT_THE_EDGE = 3 * SPENT  # of them near the edge, until it counts as known: a P9
 NEAR = 0.15  # candidates so near to one another tell the same
 PRECISION = 0.05  # an edge that moved by less has settled
 MAX_RAISE = 2.0  # beyond what has been seen, the line is a guess
+RETREAT = 0.85  # from an edge at which windows are cut: an engine's time may run out before one near it holds
 LATE_ENOUGH = 3  # iterations: so many late ones, and many times more than the SLO spares, settle it
 MANY_TIMES = 10
 PATIENCE_S = 60.0  # traffic that does not fill a window within that does not need so large a budget
@@ -229,7 +230,7 @@ class LiveTuner:
         edge = edge_tokens(self._windows, self._slo, window.budget_tokens)
         self.edge_tokens = self.edge_tokens if edge is None else edge  # what was known before stays known
         self.best_tokens = self._best()
-        budget = window.budget_tokens if self.edge_tokens is None else self._within_reach(self.edge_tokens)
+        budget = window.budget_tokens if self.edge_tokens is None else self._within_reach(self._safe(self.edge_tokens))
         best_is_near = self.best_tokens is not None and self._near(self.best_tokens, budget, PRECISION)
         self.settled = window.idle or (best_is_near and self._spent_near(budget) >= AT_THE_EDGE)
         self.done = self.settled or self.hopeless or len(self._windows) >= self._most_windows
@@ -251,6 +252,11 @@ class LiveTuner:
         table = np.concatenate([w.table for w in self._windows if w.budget_tokens == budget_tokens])
         _, tbt_s, decodes, _ = table[table[:, 3] > 0].T
         return tbt_s.size >= SPENT and _quantile(tbt_s, decodes, self._slo.quantile) <= tbt_bound_s(self._slo)
+
+    def _safe(self, edge: float) -> float:
+        """Below it while nothing has held, the further the more was cut: first one that holds, then the largest."""
+        failed = sum(window.cut for window in self._windows)
+        return edge if self.best_tokens is not None else edge * RETREAT ** max(failed - 1, 0)
 
     def _within_reach(self, edge: float) -> int:
         known = max((w.budget_tokens for w in self._windows if not w.cut), default=self._windows[-1].budget_tokens)

@@ -130,12 +130,21 @@ def served(tmp_path: Path) -> Iterator[Served]:
     Pacer.end_all()
 
 
+def promise_for(served: Served, ear: Ear) -> str:
+    """On a machine of any speed, one that its largest batches break by far and its small ones keep."""
+    Load(served.url, "poisson:5", "fixed:512,2", 4).result()
+    large = {t.iteration for t in ear.heard if t.batch.prefill_tokens >= 480}
+    prompt_s = min(c.device_s for t in ear.heard for c in t.completed if c.iteration in large)
+    return f"tbt:{400 * prompt_s:.0f} quantile:0.75"
+
+
 def test_a_serving_engine_is_tuned_without_a_request_dropped(served: Served, tmp_path: Path) -> None:
     ear = Ear(served.endpoints)
-    load = Load(served.url, "poisson:1.5", "uniform:100-500,10-40", 80)
+    slo = promise_for(served, ear)
+    load = Load(served.url, "poisson:1.5", "uniform:200-700,10-40", 110)
     out = tmp_path / "out"
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    args = asked(out, storage=url, hold=True, trials=8)
+    args = asked(out, slo=slo, storage=url, hold=True, trials=10, timeout=75.0)
 
     def interrupt_while_it_holds() -> None:
         try:
@@ -152,7 +161,7 @@ def test_a_serving_engine_is_tuned_without_a_request_dropped(served: Served, tmp
     watcher.join()
     tuned = Tuned.load(out / "live.tuned.json")
     assert (held[0].knobs.source, held[0].knobs.budget_tokens) == ("controller", tuned.budget_tokens)
-    assert 16 <= tuned.budget_tokens < 512, "512 tokens take a CPU far longer than 100 ms"
+    assert 16 <= tuned.budget_tokens < 512, "512 tokens take far longer than promised"
     assert tuned.policy == f"static:budget={tuned.budget_tokens}"
     assert (tuned.tile_tokens, tuned.kv_tokens) == (4, held[0].bounds.kv_tokens)
     assert tuned.budget_tokens in [window["budget_tokens"] for window in tuned.provenance["windows"]]
@@ -166,7 +175,7 @@ def test_a_serving_engine_is_tuned_without_a_request_dropped(served: Served, tmp
     assert trials[0].user_attrs["cut"]
     assert (out / "live.report.html").exists()
     result = load.result()
-    assert [record.status for record in result.records] == ["completed"] * 80
+    assert [record.status for record in result.records] == ["completed"] * 110
     ear.wait_for(lambda t: t.knobs.source == "fallback" and t.knobs.budget_tokens == 512, "its own knobs again")
     ear.stop()
     # What was in force while it was tuned are the candidates.
