@@ -9,18 +9,9 @@ from collections import deque
 from engine.protocol import Telemetry
 from envs.step_time import StepTimeModel
 from policies.batch_choice import AS_PROFILED, BatchChooser
+from policies.catalogue import Law
 from policies.outlook import Outlook, foresee
-
-
-class StaticBudget:
-    """The same budget for every microbatch."""
-
-    def __init__(self, tokens: int) -> None:
-        self.name = f"static {tokens}"
-        self._tokens = tokens
-
-    def budget(self, telemetry: Telemetry) -> int:
-        return self._tokens
+from policies.policy import Decision
 
 
 class EqualTime:
@@ -31,16 +22,25 @@ class EqualTime:
     for the microbatch after the one that telemetry reports. Its decodes are taken to be those that had the same turn.
     """
 
-    def __init__(self, step_time: StepTimeModel, target_s: float, stages: int, name: str) -> None:
-        self.name = name
-        self.target_s = target_s
+    def __init__(self, step_time: StepTimeModel, target_s: float, stages: int) -> None:
+        self._target_s = target_s
         self._coefficients = step_time.coefficients
         self._turns: deque[Outlook] = deque(maxlen=stages)
 
-    def budget(self, telemetry: Telemetry) -> int:
+    def decide(self, telemetry: Telemetry) -> Decision:
         bounds, outlook = telemetry.bounds, foresee(telemetry)
         self._turns.append(outlook)
         turn = self._turns[0]
         outlook = outlook._replace(decodes=turn.decodes, decode_context_tokens=turn.decode_context_tokens)
         chooser = BatchChooser(self._coefficients, bounds.tile_tokens, bounds.max_budget_tokens)
-        return max(chooser.choose(outlook, self.target_s, AS_PROFILED, False).budget_tokens, bounds.min_budget_tokens)
+        budget = chooser.choose(outlook, self._target_s, AS_PROFILED, False).budget_tokens
+        return Decision(budget, budget, "equal time")
+
+    def track(self, sent: Decision) -> None:
+        pass
+
+
+def equal_time(step_time: StepTimeModel, target_s: float, stages: int) -> Law:
+    """The law `EqualTime`, which promises nothing: no guard limits how fast its budget rises."""
+    name = f"equal {target_s * 1e3:.1f} ms"
+    return Law(name, None, lambda first: EqualTime(step_time, target_s, stages))

@@ -24,16 +24,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.equal_time import EqualTime, StaticBudget
-from benchmarks.pipeline_runs import BudgetLaw, ClosedLoop, figures
+from benchmarks.equal_time import equal_time
+from benchmarks.pipeline_ranks import Ranks
+from benchmarks.pipeline_runs import ClosedLoop, figures
 from benchmarks.report import report
 from engine.config import EngineConfig, ModelSource
-from engine.loader import load_runner
-from envs.step_time import StepTimeModel
 from envs.trace import make_workload
 from envs.workload import Workload
-from profiles.sweep_fit import fit_samples, measured_on
-from profiles.sweep_timing import Sweep
+from policies.catalogue import Law, parse_law
 
 GOAL = 0.55
 JUDGED_MIX = "long-prompts"
@@ -67,7 +65,7 @@ class Bench:
         self.setting, self._args, self._rows = setting, args, rows
         self._cuda = args.device == "cuda"
         self._mixes = MIXES if self._cuda else CPU_MIXES
-        self._source = ModelSource(
+        source = ModelSource(
             shape=setting.shape if self._cuda else None,
             load_format="dummy",
             dtype="bfloat16" if self._cuda else "float32",
@@ -88,20 +86,18 @@ class Bench:
             look_ahead=self._cuda and setting.stages == 1,
             knobs_ttl_s=3600.0,
         )
-        self._runner, self._config = load_runner(self._source, config, time.monotonic_ns)
+        self.ranks = Ranks(source, config)
 
-    def close(self) -> None:
-        self._runner.close()
-
-    def run(self, mix: str, law: BudgetLaw) -> None:
+    def run(self, mix: str, law: Law) -> None:
         """Make a run, unless it is there."""
-        key = f"{self.setting.name} {mix} {law.name}"
+        key = f"{self.setting.name} {mix} {law.spec}"
         if any(row["key"] == key for row in self._rows):
             return
         lengths, at_once = self._mixes[mix]
-        loop = ClosedLoop(self._runner, self._config, law, self._workload(lengths), at_once)
-        row = {"key": key, **self.setting._asdict(), "mix": mix, "law": law.name, "at_once": at_once}
-        row |= {"attention": self._runner.attention_name} | figures(loop.run(self._args.seconds, self._args.warm_up))
+        workload = self._workload(lengths)
+        loop = ClosedLoop(self.ranks.runner, self.ranks.config, law, workload, at_once, time.monotonic_ns)
+        row = {"key": key, **self.setting._asdict(), "mix": mix, "law": law.spec, "at_once": at_once}
+        row |= {"attention": self.ranks.attention} | figures(loop.run(self._args.seconds, self._args.warm_up))
         self._rows.append(row)
         (self._args.out / "runs.json").write_text(json.dumps(self._rows, indent=1))
         print(f"{key}: bubbles {row['bubble_share']:.1%}, {row['tokens_s']:.0f} tokens/s", flush=True)
@@ -111,29 +107,14 @@ class Bench:
         lengths, at_once = self._mixes[mix]
         decodes = at_once / self.setting.stages
         context = decodes * float(self._workload(lengths).prompt_tokens.mean())
-        model = self.step_time()
+        model = self.ranks.step_time(self._args.out / f"{self.setting.name}.json", self._args.sweep, self._args.seed)
         decoding_s = model.mean_s(decodes, context, 0, 0, 0)
         for factor in self._args.targets:
-            target_s = factor * decoding_s
-            self.run(mix, EqualTime(model, target_s, self.setting.stages, f"equal {target_s * 1e3:.1f} ms"))
+            self.run(mix, equal_time(model, factor * decoding_s, self.setting.stages))
 
     def _workload(self, lengths: str) -> Workload:
         rng = np.random.default_rng(self._args.seed)
         return make_workload("poisson:1", lengths, rng, REQUESTS, self._args.max_model_len)
-
-    def step_time(self) -> StepTimeModel:
-        """What the folder holds, or else the model of a sweep made now."""
-        path = self._args.out / f"{self.setting.name}.json"
-        if path.exists():
-            return StepTimeModel.load(path)
-        print(f"{self.setting.name}: sweep of {self._args.sweep:.0f} s", flush=True)
-        samples = Sweep(self._runner, self._config, time.monotonic_ns, self._args.seed).run(self._args.sweep)
-        about = {"model": self.setting.shape, "date": time.strftime("%Y-%m-%d")}
-        about |= measured_on(self._source, self._config, self._runner.attention_name)
-        model = fit_samples(samples, self._config, about)
-        model.save(path)
-        print(f"{len(samples.judged)} batches ({samples.ended}): {model.description.held_out}", flush=True)
-        return model
 
 
 def run_setting(setting: Setting, args: argparse.Namespace, rows: list[Row]) -> None:
@@ -145,7 +126,9 @@ def run_setting(setting: Setting, args: argparse.Namespace, rows: list[Row]) -> 
         traceback.print_exc()
         return
     for mix in args.mixes:
-        todo: list[Callable[[], None]] = [partial(bench.run, mix, StaticBudget(tokens)) for tokens in args.budgets]
+        todo: list[Callable[[], None]] = [
+            partial(bench.run, mix, parse_law(f"static:budget={tokens}")) for tokens in args.budgets
+        ]
         if setting.stages > 1:
             todo.append(partial(bench.run_equal, mix))
         for run in todo:
@@ -153,13 +136,13 @@ def run_setting(setting: Setting, args: argparse.Namespace, rows: list[Row]) -> 
                 run()
             except Exception:
                 traceback.print_exc()
-    bench.close()
+    bench.ranks.close()
 
 
 def comparisons(rows: list[Row]) -> Iterator[Row]:
     """Of every static budget in a pipeline, what equal time made of its bubbles under the same promise."""
     for static in rows:
-        if static["parallel"] != "pp2" or not static["law"].startswith("static "):
+        if static["parallel"] != "pp2" or not static["law"].startswith("static:"):
             continue
         rivals = [row for row in rows if row["law"].startswith("equal ") and _same(row, static)]
         keeping = [row for row in rivals if _keeps(row, static)]

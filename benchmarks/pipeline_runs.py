@@ -1,44 +1,48 @@
-"""One run of `benchmarks.gpu_pipeline`: requests in a closed loop through the core and a runner, and what it showed."""
+"""One run of a pipeline benchmark: requests in a closed loop through the core and a runner, and what it showed.
 
-import time
+The law decides as it does beside a server, in the controller and under its guard, but in this process: the decision is
+there before the next batch is formed, as it is over sockets, and takes its time while the device works.
+"""
+
 from collections.abc import Callable, Iterator
 from itertools import cycle
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from controller.controller import Controller
 from engine.config import EngineConfig
 from engine.core import EngineCore, Runner
 from engine.link import MemoryLink
-from engine.protocol import VERSION, Completion, Knobs, Telemetry
+from engine.protocol import Completion, Knobs, Telemetry
 from engine.request import Abort, SamplingParams, Submit, TokenOutput
 from engine.scheduler import Scheduler
 from envs.workload import Workload
+from policies.catalogue import Law
+from policies.rehearsal import rehearse
 
 ENGINE_ID = "pipeline"
 
 
-class BudgetLaw(Protocol):
-    """Fixes the budget of the next microbatch; `name` is how its row is called."""
-
-    name: str
-
-    def budget(self, telemetry: Telemetry) -> int: ...
-
-
 class LawLink(MemoryLink):
-    """A link whose every message is answered at once by a law in this process."""
+    """A link whose every message is answered at once by a controller in this process."""
 
-    def __init__(self, law: BudgetLaw) -> None:
+    def __init__(self, law: Law, clock: Callable[[], int]) -> None:
         super().__init__()
-        self._law = law
+        rehearse(law)
+        self._controller = Controller(self, law, None, clock)
 
     def publish(self, telemetry: Telemetry) -> None:
         super().publish(telemetry)
-        if telemetry.batch.total_tokens:
-            budget = self._law.budget(telemetry)
-            self.inbox = Knobs(VERSION, ENGINE_ID, telemetry.iteration, telemetry.iteration, budget, budget)
+        self._controller.tick(0.0)
+
+    def receive(self, timeout_s: float) -> list[Telemetry]:
+        return self.published[-1:]
+
+    def send(self, knobs: Knobs) -> bool:
+        self.inbox = knobs
+        return True
 
 
 class Run(NamedTuple):
@@ -50,13 +54,22 @@ class Run(NamedTuple):
 
 
 class ClosedLoop:
-    """`at_once` requests in the engine: where one ends the next comes, in the workload's order, again and again."""
+    """`at_once` requests in the engine: where one ends the next comes, in the workload's order, again and again.
 
-    def __init__(self, runner: Runner, config: EngineConfig, law: BudgetLaw, workload: Workload, at_once: int) -> None:
-        self._link, self._scheduler = LawLink(law), Scheduler(config)
-        self._core = EngineCore(
-            *(ENGINE_ID, config, self._scheduler, runner, self._link, time.monotonic_ns, self._deliver)
-        )
+    `clock` gives monotonic nanoseconds.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        law: Law,
+        workload: Workload,
+        at_once: int,
+        clock: Callable[[], int],
+    ) -> None:
+        self._link, self._scheduler, self._clock = LawLink(law, clock), Scheduler(config), clock
+        self._core = EngineCore(*(ENGINE_ID, config, self._scheduler, runner, self._link, clock, self._deliver))
         self._next = _requests(workload)
         self._at_once = at_once
         self._running: set[str] = set()
@@ -81,15 +94,15 @@ class ClosedLoop:
         return Run(ended_s - begun_s, completions, sum(tokens[c.iteration] for c in completions))
 
     def _turn_until(self, enough: Callable[[], bool], limit_s: float) -> float:
-        """Returns when that was, in seconds of the monotonic clock."""
-        begun_s = now_s = time.monotonic_ns() * 1e-9
+        """Returns when that was, in seconds of the clock."""
+        begun_s = now_s = self._clock() * 1e-9
         while now_s - begun_s < limit_s and not enough():
             while len(self._running) < self._at_once:
                 submit = next(self._next)
                 self._running.add(submit.request_id)
-                self._scheduler.submit(submit, time.monotonic_ns())
+                self._scheduler.submit(submit, self._clock())
             self._core.step()
-            now_s = time.monotonic_ns() * 1e-9
+            now_s = self._clock() * 1e-9
         return now_s
 
     def _deliver(self, tokens: list[TokenOutput]) -> None:

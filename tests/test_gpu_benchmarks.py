@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.equal_time import EqualTime, StaticBudget
+from benchmarks.equal_time import equal_time
 from benchmarks.gpu_steps import cells, floor_s
 from benchmarks.our_steps import Ours
-from benchmarks.pipeline_runs import BudgetLaw, ClosedLoop, figures
+from benchmarks.pipeline_runs import ClosedLoop, figures
 from benchmarks.step_cells import Cell, Step, measure
 from engine.config import EngineConfig, ModelSource
 from engine.loader import load_runner
@@ -17,6 +17,8 @@ from engine.protocol import Telemetry
 from envs.simulator import Plant, Simulation
 from envs.step_time import StepTimeModel
 from envs.trace import make_workload
+from policies.catalogue import Law, parse_law
+from policies.guard import Guard
 from policies.policy import Decision
 
 TRUTH = StepTimeModel.from_formula((8.4e-3, 12e-6, 30e-9), (3e-3, 62e-6, 30e-9, 1.7e-9, 0.3e-3))
@@ -88,27 +90,26 @@ def test_the_floor_is_the_weights_for_a_decode_and_the_arithmetic_for_a_chunk() 
     assert chunk == pytest.approx((2 * 6.98e9 * 4096 + attention) / 790e12, rel=0.01)
 
 
-def pipelined(law: BudgetLaw, seed: int) -> tuple[float, float]:
+def pipelined(law: Law, seed: int) -> tuple[float, float]:
     """(bubble seconds, P99 TBT in s) of long prompts in a modelled pipeline of two, while requests wait."""
     workload = make_workload("poisson:1", "long-prompts", np.random.default_rng(seed), 60, PIPELINE.max_model_tokens)
     simulation = Simulation(Plant(PIPELINE, TRUTH), replace(workload, arrival_s=np.zeros(60)))
-    bubbles, gaps = 0.0, list[float]()
+    bubbles, gaps, guard = 0.0, list[float](), Guard(law)
 
-    def decide(telemetry: Telemetry, now_ns: int) -> Decision:
+    def decide(telemetry: Telemetry, now_ns: int) -> Decision | None:
         nonlocal bubbles
         if telemetry.queue.waiting_requests and telemetry.iteration > 50:
             bubbles += sum(stage.bubble_s for c in telemetry.completed for stage in c.stages)
             gaps.extend(gap for c in telemetry.completed for gap in c.tbt_s)
-        budget = law.budget(telemetry)
-        return Decision(budget, budget, law.name)
+        return guard.decide(telemetry, now_ns)
 
     simulation.run_law(decide)
     return bubbles, float(np.quantile(gaps, 0.99))
 
 
 def test_microbatches_of_equal_time_leave_fewer_bubbles_and_shorter_gaps_than_a_static_budget() -> None:
-    static = [pipelined(StaticBudget(512), seed) for seed in range(3)]
-    equal = [pipelined(EqualTime(TRUTH, 0.02, 2, "equal"), seed) for seed in range(3)]
+    static = [pipelined(parse_law("static:budget=512"), seed) for seed in range(3)]
+    equal = [pipelined(equal_time(TRUTH, 0.02, 2), seed) for seed in range(3)]
     # One seed's 60 prompts say 0.31 to 0.45 of the bubbles: what is left is whole tiles, deep in a prompt 1.4 ms each.
     static_bubbles_s, static_tbt_s = np.mean(static, axis=0)
     equal_bubbles_s, equal_tbt_s = np.mean(equal, axis=0)
@@ -121,7 +122,8 @@ def test_a_closed_loop_keeps_its_requests_at_once_and_counts_what_it_measures() 
     config = EngineConfig(max_requests=8, kv_blocks=512, knobs_ttl_s=3600.0)
     runner, config = load_runner(ModelSource(), config, time.monotonic_ns)
     workload = make_workload("poisson:1", "uniform:20-40,4-8", np.random.default_rng(0), 5)
-    run = ClosedLoop(runner, config, StaticBudget(64), workload, 4).run(1.5, 30.0)
+    loop = ClosedLoop(runner, config, parse_law("static:budget=64"), workload, 4, time.monotonic_ns)
+    run = loop.run(1.5, 30.0)
     runner.close()
     row = figures(run)
     assert run.duration_s == pytest.approx(1.5, abs=1.0)
