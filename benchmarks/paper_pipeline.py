@@ -163,7 +163,7 @@ def arguments() -> argparse.Namespace:
     add("--minutes", type=float, default=9.5, help="no run begins that would end later")
     add("--seconds", type=float, default=15.0, help="of measuring in each run")
     add("--warm-up", type=float, default=25.0, help="seconds at most until requests at once have begun to decode")
-    add("--sweep", type=float, default=40.0, help="seconds of the sweep for a step-time model")
+    add("--sweep", type=float, default=60.0, help="seconds of the sweep for a step-time model")
     add("--processes", type=int, default=os.cpu_count() or 1, help="of the search for capacities")
     add(
         "--out", type=Path, default=Path("pacer-out/paper-pipeline"), help="folder; runs that it holds are not repeated"

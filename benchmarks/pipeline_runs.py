@@ -113,7 +113,12 @@ class ClosedLoop:
 
 
 def figures(run: Run) -> dict[str, Any]:
-    """TBT and TTFT in seconds, tokens per second, and of every stage the seconds busy and idle while work waited."""
+    """TBT and TTFT in seconds, tokens per second, and of every stage the seconds busy and idle while work waited.
+
+    Raises ValueError for a run in which no iteration ended.
+    """
+    if not run.completions:
+        raise ValueError(f"no iteration ended in the {run.duration_s:.1f} s that were measured: measure for longer")
     tbt_s = np.array([gap for c in run.completions for gap in c.tbt_s])
     ttft_s = np.array([first for c in run.completions for first in c.ttft_s])
     busy = np.array([[stage.busy_s for stage in c.stages] for c in run.completions])

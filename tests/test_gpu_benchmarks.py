@@ -9,7 +9,7 @@ import pytest
 from benchmarks.equal_time import equal_time
 from benchmarks.gpu_steps import cells, floor_s
 from benchmarks.our_steps import Ours
-from benchmarks.pipeline_runs import ClosedLoop, figures
+from benchmarks.pipeline_runs import ClosedLoop, Run, figures
 from benchmarks.step_cells import Cell, Step, measure
 from engine.config import EngineConfig, ModelSource
 from engine.loader import load_runner
@@ -131,3 +131,8 @@ def test_a_closed_loop_keeps_its_requests_at_once_and_counts_what_it_measures() 
     assert row["tokens"] >= sum(len(c.tbt_s) for c in run.completions)
     assert len(row["busy_s"]) == 1
     assert 0 <= row["bubble_share"] < 1
+
+
+def test_a_run_that_measured_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no iteration ended in the 0.5 s"):
+        figures(Run(0.5, [], 0))
