@@ -101,7 +101,10 @@ class ClosedLoop:
                 submit = next(self._next)
                 self._running.add(submit.request_id)
                 self._scheduler.submit(submit, self._clock())
-            self._core.step()
+            if self._scheduler.has_work:
+                self._core.step()
+            else:
+                self._core.idle()  # all ended in one iteration, whose tokens are handed over now
             now_s = self._clock() * 1e-9
         return now_s
 

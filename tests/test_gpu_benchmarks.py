@@ -133,6 +133,16 @@ def test_a_closed_loop_keeps_its_requests_at_once_and_counts_what_it_measures() 
     assert 0 <= row["bubble_share"] < 1
 
 
+def test_a_closed_loop_goes_on_where_all_its_requests_end_in_one_iteration() -> None:
+    config = EngineConfig(max_requests=8, kv_blocks=512, knobs_ttl_s=3600.0)
+    runner, config = load_runner(ModelSource(), config, time.monotonic_ns)
+    workload = make_workload("poisson:1", "fixed:20,2", np.random.default_rng(0), 5)
+    loop = ClosedLoop(runner, config, parse_law("static:budget=64"), workload, 2, time.monotonic_ns)
+    run = loop.run(1.0, 5.0)
+    runner.close()
+    assert sum(len(completion.finished) for completion in run.completions) > 2
+
+
 def test_a_run_that_measured_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no iteration ended in the 0.5 s"):
         figures(Run(0.5, [], 0))
