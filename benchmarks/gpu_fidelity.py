@@ -6,11 +6,11 @@ FOLDER is what gpu_serving wrote, FILE what `pacer profile` wrote: batches timed
 simulator gets the requests as they arrived, the engine's bounds and the budget; throughput, TTFT and TBT of ten draws
 of the noise stand beside what telemetry told. No GPU is needed.
 
-Mixed steps of one size took the longer, the busier an H200 was: 4 % longer than profiled at 16 req/s of conversation,
-14 % at 24; decode-only steps hardly. A profile, whose batches pause between each other, cannot know how busy a run will
-keep the GPU. So each run has its speed, the ratio of its measured to its predicted step times, as in
-`benchmarks.fidelity`: the first table leaves it out, the second gives it to the simulator, one number of each run; the
-goals are for the second.
+Mixed steps of one size took the longer, the busier an H200 was: 5 to 10 % longer than profiled at 16 req/s of
+conversation, 12 to 16 % at 24; decode-only steps 2 to 4 %. A profile, whose batches pause between each other, cannot
+know how busy a run will keep the GPU. So each run has its speed, the ratio of its measured to its predicted step times,
+as in `benchmarks.fidelity`: the first table leaves it out, the second gives it to the simulator, one number of each
+run; the goals are for the second.
 """
 
 import argparse

@@ -118,13 +118,19 @@ def test_microbatches_of_equal_time_leave_fewer_bubbles_and_shorter_gaps_than_a_
     assert equal_tbt_s == pytest.approx(2 * 0.02, rel=0.2), "two microbatches take turns"
 
 
-def test_a_closed_loop_keeps_its_requests_at_once_and_counts_what_it_measures() -> None:
+def looped(lengths: str, at_once: int, seconds: float) -> Run:
+    """A closed loop on the real model, under one budget."""
     config = EngineConfig(max_requests=8, kv_blocks=512, knobs_ttl_s=3600.0)
     runner, config = load_runner(ModelSource(), config, time.monotonic_ns)
-    workload = make_workload("poisson:1", "uniform:20-40,4-8", np.random.default_rng(0), 5)
-    loop = ClosedLoop(runner, config, parse_law("static:budget=64"), workload, 4, time.monotonic_ns)
-    run = loop.run(1.5, 30.0)
+    workload = make_workload("poisson:1", lengths, np.random.default_rng(0), 5)
+    loop = ClosedLoop(runner, config, parse_law("static:budget=64"), workload, at_once, time.monotonic_ns)
+    run = loop.run(seconds, 30.0)
     runner.close()
+    return run
+
+
+def test_a_closed_loop_keeps_its_requests_at_once_and_counts_what_it_measures() -> None:
+    run = looped("uniform:20-40,4-8", 4, 1.5)
     row = figures(run)
     assert run.duration_s == pytest.approx(1.5, abs=1.0)
     assert row["iterations"] == len(run.completions) > 0
@@ -134,12 +140,7 @@ def test_a_closed_loop_keeps_its_requests_at_once_and_counts_what_it_measures() 
 
 
 def test_a_closed_loop_goes_on_where_all_its_requests_end_in_one_iteration() -> None:
-    config = EngineConfig(max_requests=8, kv_blocks=512, knobs_ttl_s=3600.0)
-    runner, config = load_runner(ModelSource(), config, time.monotonic_ns)
-    workload = make_workload("poisson:1", "fixed:20,2", np.random.default_rng(0), 5)
-    loop = ClosedLoop(runner, config, parse_law("static:budget=64"), workload, 2, time.monotonic_ns)
-    run = loop.run(1.0, 5.0)
-    runner.close()
+    run = looped("fixed:20,2", 2, 1.0)
     assert sum(len(completion.finished) for completion in run.completions) > 2
 
 
