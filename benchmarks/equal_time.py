@@ -7,10 +7,10 @@ makes microbatches of equal tokens, whose times differ by what their prompts hav
 from collections import deque
 
 from engine.protocol import Telemetry
+from envs.batch_choice import AS_PROFILED, BatchChooser
+from envs.outlook import Outlook, foresee
 from envs.step_time import StepTimeModel
-from policies.batch_choice import AS_PROFILED, BatchChooser
 from policies.catalogue import Law
-from policies.outlook import Outlook, foresee
 from policies.policy import Decision
 
 

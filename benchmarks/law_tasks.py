@@ -13,6 +13,7 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+import envs
 import policies
 from benchmarks.tasks import Result
 from envs.outcome import FloatArray, Outcome
@@ -114,19 +115,21 @@ def trial_key(trial: Trial) -> str:
 
 @cache
 def law_digest(law: str) -> str:
-    """Of the source of a law: its module, what that imports of its room, and Guard. Empty where nothing is decided."""
+    """Of the source of a law: its module, what that imports of its room and of envs, and Guard.
+
+    Empty where nothing is decided.
+    """
     if law not in LAWS or law == "static":
         return ""
-    room = Path(policies.__path__[0])
-    found, open_ = {"guard"}, [LAWS[law].__module__.rpartition(".")[2]]
+    found, open_ = {"policies.guard"}, [LAWS[law].__module__]
     while open_:
         found.add(name := open_.pop())
-        imports = (node.module for node in ast.walk(_tree(room / f"{name}.py")) if isinstance(node, ast.ImportFrom))
-        names = {module.rpartition(".")[2] for module in imports if module and module.startswith("policies.")}
+        imports = (node.module for node in ast.walk(ast.parse(_source(name))) if isinstance(node, ast.ImportFrom))
+        names = {module for module in imports if module and module.startswith(("policies.", "envs."))}
         open_ += sorted(names - found)
-    digest = hashlib.sha256(b"".join((room / f"{name}.py").read_bytes() for name in sorted(found)))
-    return digest.hexdigest()[:8]
+    return hashlib.sha256("".join(_source(name) for name in sorted(found)).encode()).hexdigest()[:8]
 
 
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
+def _source(module: str) -> str:
+    room, _, name = module.partition(".")
+    return (Path({"policies": policies, "envs": envs}[room].__path__[0]) / f"{name}.py").read_text()

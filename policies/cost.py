@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.protocol import BatchComposition, Telemetry
-from policies.batch_choice import AS_PROFILED, BatchChooser
-from policies.outlook import foresee
+from envs.batch_choice import AS_PROFILED, BatchChooser
+from envs.outlook import foresee
 
 if TYPE_CHECKING:
     from envs.step_time import StepTimeModel

@@ -12,7 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from engine.protocol import Telemetry
-from policies.outlook import foresee
+from envs.outlook import foresee
 from policies.policy import Decision
 
 

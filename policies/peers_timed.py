@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from engine.protocol import Telemetry
-from policies.outlook import foresee
+from envs.outlook import foresee
 from policies.policy import Decision
 
 if TYPE_CHECKING:

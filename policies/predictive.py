@@ -6,11 +6,11 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, ClassVar
 
 from engine.protocol import Telemetry
+from envs.batch_choice import BatchChooser
+from envs.machine_speed import LEAST_NOISE, MachineSpeed
+from envs.outlook import Outlook, foresee
 from envs.slo import Slo
 from policies.account import SAVED, LateAccount
-from policies.batch_choice import BatchChooser
-from policies.machine_speed import LEAST_NOISE, MachineSpeed
-from policies.outlook import Outlook, foresee
 from policies.policy import Decision, Iteration, IterationLog
 from policies.slack import Slacks
 

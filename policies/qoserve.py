@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING, ClassVar
 
 from engine.protocol import Telemetry
-from policies.outlook import Outlook, foresee
+from envs.outlook import Outlook, foresee
 from policies.policy import Decision
 from policies.slack import Slacks
 

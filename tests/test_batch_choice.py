@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from engine.batching import STALL_FREE, Limits, RequestArrays, empty_plan, form_batch
+from envs.batch_choice import AS_PROFILED, SHARES, BatchChooser, Choice
+from envs.outlook import Outlook
 from envs.step_time import StepTimeModel
-from policies.batch_choice import AS_PROFILED, SHARES, BatchChooser, Choice
-from policies.outlook import Outlook
 
 TILE, MOST = 16, 8192
 MODEL = StepTimeModel.from_formula(

@@ -12,7 +12,11 @@ ROOMS = ("engine", "envs", "policies", "profiles", "controller")
 MAY_IMPORT = {
     "engine": set[str](),
     "envs": {"engine"},
-    "policies": {"engine.protocol", "engine.compiled", "envs.codec", "envs.step_mean", "envs.step_time", "envs.slo"},
+    "policies": {
+        *("engine.protocol", "engine.compiled"),
+        *("envs.codec", "envs.step_mean", "envs.step_time", "envs.slo"),
+        *("envs.outlook", "envs.batch_choice", "envs.machine_speed"),
+    },
     "profiles": {"engine", "envs", "policies"},
     "controller": {"engine.protocol", "engine.link", "policies"},
 }

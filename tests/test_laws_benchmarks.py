@@ -275,7 +275,7 @@ def test_a_laws_digest_covers_what_it_imports_of_its_room(tmp_path: Path, monkey
 
     before = digests()
     assert before[2:] == ["", ""] and before[0] != before[1]
-    with (room / "outlook.py").open("a") as file:
+    with (room / "slack.py").open("a") as file:
         file.write("# another law\n")
     qoserve, aimd, *_ = digests()
     assert qoserve != before[0] and aimd == before[1]

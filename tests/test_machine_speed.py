@@ -8,9 +8,9 @@ import pytest
 from numpy.typing import NDArray
 
 from engine.protocol import BatchComposition
+from envs.machine_speed import FASTEST, SLOWEST, MachineSpeed
 from envs.step_mean import step_parts
 from envs.step_time import StepTimeModel
-from policies.machine_speed import FASTEST, SLOWEST, MachineSpeed
 
 PROFILE = StepTimeModel.from_formula(
     (4.71e-3, 7.3e-6, 35e-9), (1.27e-3, 20.9e-6, 45.5e-9, 1.045e-9, 0.28e-3)

@@ -10,10 +10,10 @@ from test_peers import telemetry
 
 from engine.config import EngineConfig
 from engine.protocol import MOST_PROMPTS, BatchComposition, InForce, QueueState, Telemetry
+from envs.outlook import Outlook, foresee
 from envs.simulator import Plant, Simulation
 from envs.step_time import StepTimeModel
 from envs.workload import Workload
-from policies.outlook import Outlook, foresee
 
 MODEL = StepTimeModel.from_formula((5e-3, 1e-5, 4e-8), (6e-3, 5e-5, 4e-8, 1e-9, 3e-4)).with_noise(0.1)
 TILE = 16

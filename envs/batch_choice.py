@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.compiled import compiled
+from envs.outlook import Outlook
 from envs.step_mean import FloatArray, step_parts
-from policies.outlook import Outlook
 
 SHARES = 8.0  # a chunk is no smaller than the budget over that
 WORTH = 1.3  # times the gain of the whole budget, before prompts share it
