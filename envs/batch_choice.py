@@ -12,6 +12,7 @@ from envs.outlook import Outlook
 from envs.step_mean import FloatArray, step_parts
 
 SHARES = 8.0  # a chunk is no smaller than the budget over that
+CROWDED = 0.9  # of the KV cache: no more prompts are begun side by side
 WORTH = 1.3  # times the gain of the whole budget, before prompts share it
 COMPANY = 10.0  # requests that feel an iteration's lost time: those that wait, and arrive before the queue is empty
 AS_PROFILED = np.ones(4)  # factors on the parts of the step time
@@ -51,7 +52,7 @@ class BatchChooser:
         """Budget 0 if no batch fits. `factors` multiply the parts of the step time; `share` allows small chunks."""
         machine, (decodes, prompts) = (self._coefficients, factors), _known(outlook)
         most_shares = SHARES if share else 1.0
-        return Choice(*_choose(machine, decodes, prompts, limit_s, self._tile, self._most_tiles, most_shares))
+        return Choice(*choose(machine, decodes, prompts, limit_s, self._tile, self._most_tiles, most_shares, WORTH))
 
 
 # Plain tuples, which numba takes from Python microseconds faster than named ones.
@@ -66,10 +67,10 @@ and the tokens that each of those is taken to have.
 
 
 def _known(outlook: Outlook) -> tuple[Decodes, Prompts]:
-    listed, behind = np.array(outlook.prompts, np.float64).reshape(-1, 2), float(outlook.behind_requests)
+    remaining, context = np.ascontiguousarray(outlook.prompts.T)  # of one layout, or numba compiles for several
+    behind = float(outlook.behind_requests)
     each = outlook.behind_tokens / behind if behind else 0.0
-    decodes = float(outlook.decodes), float(outlook.decode_context_tokens)
-    return decodes, (listed[:, 0], listed[:, 1], behind, each)
+    return (float(outlook.decodes), float(outlook.decode_context_tokens)), (remaining, context, behind, each)
 
 
 @compiled
@@ -145,7 +146,7 @@ def _chunk(tokens: float, shares: float, tile: int) -> float:
 
 
 @compiled
-def _choose(
+def choose(
     machine: Machine,
     decodes: Decodes,
     prompts: Prompts,
@@ -153,7 +154,9 @@ def _choose(
     tile: int,
     most_tiles: int,
     most_shares: float,
+    worth: float,
 ) -> tuple[int, int, float]:
+    """A `Choice`, as `BatchChooser` says; shares that gain `worth` times as much per second as fewer do are taken."""
     best_budget, best_chunk, best_s, best = 0, 0, 0.0, 0.0
     shares = 1.0
     while shares <= most_shares:
@@ -166,7 +169,7 @@ def _choose(
         whole = _load(prompts, computed, computed)[0]
         whole_s = _seconds(machine, decodes, max(whole, 1.0), computed, attention)
         value = gain / max(seconds, 1e-9) / (1.0 + COMPANY * shares * max(seconds / max(whole_s, 1e-9) - 1.0, 0.0))
-        if shares == 1.0 or value > WORTH * best:
+        if shares == 1.0 or value > worth * best:
             best_budget, best_chunk, best_s, best = budget, int(chunk), seconds, value
         if tokens <= 0.0 or len(prompts[0]) + prompts[2] < 2.0:
             break

@@ -42,51 +42,62 @@ Budgets lie on a logarithmic scale from the least (0) to the largest (1). The pa
 window. Times are of all pipeline stages. Where nothing was heard yet, r is 0; so it is where a step-time model is
 needed and none is given. The windows are exponential, of 16 and 512 iterations; in them each TBT counts once.
 
-An action is float32 [2], each within -1 to 1. The first is the budget, on that scale. The second is the chunk, on a
-logarithmic scale from the least budget (-1) to the whole budget (1).
+An action is float32 [2], each within -1 to 1, in one of two forms. 0 and 0 in the second form are what the predictive
+law would do without its account of late tokens:
+
+    knobs    the budget, on that scale; the chunk, on a logarithmic scale from the least budget (-1) to the budget (1)
+    limit    how long the next batch may take, on a logarithmic scale around the TBT SLO less a margin for its noise,
+             on the machine as it runs now; and how readily prompts share a batch. `BatchChooser` makes knobs of it
 """
 
 import math
-from typing import TYPE_CHECKING
+from collections import deque
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.protocol import Bounds, Completion, Telemetry
-from envs.features import (
-    FEATURES,
-    IN_FLIGHT,
-    Done,
-    Float32Array,
-    Memory,
-    Now,
-    Promise,
-    features,
-    knobs_of,
-    probes,
-    remember,
-)
+from envs.features import FEATURES, IN_FLIGHT, Float32Array, Promise, knobs_of
+from envs.outlook import list_prompts
 from envs.slo import Slo
+from envs.watch import Watch, knobs, observe
 
 if TYPE_CHECKING:
     from envs.step_time import StepTimeModel
 
-__all__ = ["CODEC_VERSION", "FEATURES", "N_ACTIONS", "N_FEATURES", "Codec", "to_action", "to_knobs"]
+__all__ = ["CODEC_VERSION", "FEATURES", "FORMS", "N_ACTIONS", "N_FEATURES", "Codec", "Form", "to_action", "to_knobs"]
 
-CODEC_VERSION = 1
+CODEC_VERSION = 2
 """Of features and actions together: a law trained under another one must be refused."""
+
+Form = Literal["knobs", "limit"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 N_FEATURES = len(FEATURES)
 N_ACTIONS = 2
 
 
-def to_knobs(action: NDArray[np.floating], bounds: Bounds) -> tuple[int, int]:
-    """(budget, chunk) in tokens of an action [2]; beyond -1 to 1 it counts as the nearest. Raises ValueError on NaN."""
-    place, share = float(action[0]), float(action[1])
-    if math.isnan(place) or math.isnan(share):
+def fills(form: Form, step_time: "StepTimeModel | None") -> bool:
+    """Whether actions of this form are limits to fill. Raises ValueError for another form, or if they cannot be."""
+    if form not in FORMS:
+        raise ValueError(f"there is no form {form!r} of actions: choose from {', '.join(FORMS)}")
+    if form == "limit" and step_time is None:
+        raise ValueError("actions of the form 'limit' need to know how long a step takes: give a step-time model")
+    return form == "limit"
+
+
+def within(action: NDArray[np.floating]) -> tuple[float, float]:
+    """The two numbers of an action; beyond -1 to 1 they count as the nearest. Raises ValueError on NaN."""
+    first, second = float(action[0]), float(action[1])
+    if math.isnan(first) or math.isnan(second):
         raise ValueError(f"action {action} is not a number: the law is broken, or its observations are")
-    place, share = max(-1.0, min(place, 1.0)), max(-1.0, min(share, 1.0))
-    return knobs_of(place, share, bounds.min_budget_tokens, bounds.max_budget_tokens, bounds.tile_tokens)
+    return max(-1.0, min(first, 1.0)), max(-1.0, min(second, 1.0))
+
+
+def to_knobs(action: NDArray[np.floating], bounds: Bounds) -> tuple[int, int]:
+    """(budget, chunk) in tokens of an action [2] of the form `knobs`. Raises ValueError on NaN."""
+    return knobs_of(*within(action), bounds.min_budget_tokens, bounds.max_budget_tokens, bounds.tile_tokens)
 
 
 def to_action(budget_tokens: int, chunk_tokens: int, bounds: Bounds) -> Float32Array:
@@ -100,64 +111,69 @@ def to_action(budget_tokens: int, chunk_tokens: int, bounds: Bounds) -> Float32A
 
 
 class Codec:
-    """The observations of one engine, or one episode: a new one needs a new codec.
+    """The observations and the knobs of one engine, or one episode: a new one needs a new codec.
 
-    It keeps a `Memory` (the windows), what the iterations in flight should take, and the count of preemptions.
     `step_time` is what is known of the machine: one stage's time, if its pipeline has several. Raises ValueError if the
-    SLO has no bound on TBT.
+    SLO has no bound on TBT, or for actions of the form `limit` without a step-time model.
     """
 
-    def __init__(self, slo: Slo, step_time: "StepTimeModel | None" = None) -> None:
-        self._promise = Promise.of(slo)
-        self._step_time = step_time
-        self._memory = Memory()
-        self._launched: dict[int, tuple[int, float, float]] = {}  # iteration, tokens, predicted seconds
-        self._preemptions: int | None = None
+    def __init__(self, slo: Slo, step_time: "StepTimeModel | None" = None, form: Form = "knobs") -> None:
+        self._promise, self._fills = Promise.of(slo), fills(form, step_time)
+        self._watch = Watch.begin(step_time)
+        self._message = self._watch.message.view(np.float64)
+        self._done = self._watch.done.view(np.float64).reshape(len(self._watch.done), -1)
+        self._observation = np.zeros(N_FEATURES, np.float32)
+        self._sent: deque[tuple[int, int]] | None = None  # knobs of the iterations in between
+        self._idle = False
 
     def observe(self, telemetry: Telemetry) -> Float32Array:
         """The observation [features] at this message. Give it every message of the engine once, in order."""
-        for completion in telemetry.completed:
-            self._memory = remember(self._memory, self._done(completion))
         batch, queue, bounds, in_force = telemetry.batch, telemetry.queue, telemetry.bounds, telemetry.knobs
-        decode_s, linear_s, batch_s, full_s = self._predicted(telemetry)
-        if batch.total_tokens > 0:
-            launched = telemetry.iteration, float(batch.total_tokens), batch_s
-            self._launched[telemetry.iteration % IN_FLIGHT] = launched
-        preempted = self._preemptions is not None and telemetry.preemptions > self._preemptions
-        self._preemptions = telemetry.preemptions
-        now = Now(
-            *(batch.decode_tokens, batch.decode_context_tokens, batch.prefill_requests, batch.prefill_tokens),
+        completed = telemetry.completed[-IN_FLIGHT:]
+        for i, completion in enumerate(completed):
+            self._done[i] = self._numbers(completion)
+        self._message[:] = (
+            telemetry.iteration,
+            *batch.load,
             *(queue.running_requests, queue.waiting_requests, queue.waiting_prompt_tokens, queue.oldest_wait_s),
-            *(queue.head_remaining_tokens, queue.head_context_tokens, telemetry.kv_usage, preempted),
+            *(queue.head_remaining_tokens, queue.head_context_tokens, telemetry.kv_usage, telemetry.preemptions),
             *(telemetry.dead_time_iterations, in_force.budget_tokens, in_force.chunk_tokens),
-            *(bounds.min_budget_tokens, bounds.max_budget_tokens, decode_s, linear_s, batch_s, full_s),
+            *(bounds.min_budget_tokens, bounds.max_budget_tokens, bounds.tile_tokens),
+            list_prompts(self._watch.prompts, queue, batch),
         )
-        return np.array(features(self._memory, now, self._promise), np.float32)
+        observe(self._watch, self._promise, len(completed), self._observation)
+        ahead, self._idle = telemetry.dead_time_iterations - 1, batch.total_tokens == 0
+        if self._sent is None or self._sent.maxlen != ahead:
+            self._sent = deque([(in_force.budget_tokens, in_force.chunk_tokens)] * ahead, ahead)
+        return self._observation.copy()
 
-    def _done(self, completion: Completion) -> Done:
-        gaps, firsts, tbt_s = completion.tbt_s, completion.ttft_s, self._promise.tbt_s
+    def knobs(self, action: NDArray[np.floating]) -> tuple[int, int]:
+        """(budget, chunk) in tokens of an action [2], in answer to the message that was observed last; ask once.
+
+        Raises ValueError on NaN.
+        """
+        assert self._sent is not None, "observe first"
+        under_way = np.array(self._sent, np.int64) if self._sent else NOTHING_UNDER_WAY
+        answer = knobs(self._watch, self._promise, under_way, self._fills, *within(action))
+        # Where nothing runs, the answer is there long before the next iteration.
+        self._sent.extend([answer] * (len(self._sent) if self._idle else 1))
+        return answer
+
+    def track(self, budget_tokens: int, chunk_tokens: int) -> None:
+        """These were sent, instead of the knobs that were given last."""
+        if self._sent:
+            self._sent[-1] = budget_tokens, chunk_tokens
+
+    def _numbers(self, completion: Completion) -> tuple[float, ...]:
+        """A `Done`."""
+        gaps, firsts, stages, tbt_s = completion.tbt_s, completion.ttft_s, completion.stages, self._promise.tbt_s
         longest_s = max(gaps, default=0.0)
         late = sum(gap > tbt_s for gap in gaps) if longest_s > tbt_s else 0
-        slot = completion.iteration % IN_FLIGHT
-        iteration, tokens, predicted_s = self._launched.get(slot, (-1, 0.0, 0.0))
-        if iteration != completion.iteration:
-            tokens = predicted_s = 0.0
-        stages = max(len(completion.stages), 1)
-        return Done(
-            *(len(gaps), late, longest_s, len(firsts), max(firsts, default=0.0)),
-            *(stages, completion.device_s, tokens, stages * predicted_s),
+        busiest_s = max(stage.busy_s for stage in stages) if stages else completion.device_s
+        return (
+            *(completion.iteration, len(gaps), late, longest_s, gaps[0] if gaps else 0.0),
+            *(len(firsts), max(firsts, default=0.0), max(len(stages), 1), completion.device_s, busiest_s),
         )
 
-    def _predicted(self, telemetry: Telemetry) -> list[float]:
-        if self._step_time is None:
-            return [0.0] * 4
-        batch, mean_s = telemetry.batch, self._step_time.mean_s
-        composition = (
-            batch.decode_tokens,
-            batch.decode_context_tokens,
-            batch.prefill_requests,
-            batch.prefill_tokens,
-            batch.prefill_attention_tokens2,
-        )
-        batches = probes(composition, telemetry.knobs.budget_tokens, telemetry.queue.head_context_tokens)
-        return [mean_s(*probe) if probe[0] + probe[3] > 0 else 0.0 for probe in batches]
+
+NOTHING_UNDER_WAY = np.zeros((0, 2), np.int64)

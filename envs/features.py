@@ -1,11 +1,13 @@
-"""The arithmetic of `envs.codec`: plain Python on scalars, which the vectorised environment compiles as it is."""
+"""The arithmetic of `envs.codec`, compiled: on records and scalars, for one engine or for many lanes."""
 
 import math
-from typing import NamedTuple
+from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.compiled import compiled
 from envs.slo import Slo
 
 Float32Array = NDArray[np.float32]
@@ -32,63 +34,73 @@ IN_FLIGHT = 64  # far more iterations than any pipeline holds
 
 
 class Promise(NamedTuple):
-    """The SLO as numbers. `late_share` is the share of TBTs that may be late; a promise of all allows one in 1,000."""
+    """The SLO as numbers. `late_share` is the share of TBTs that may be late; a promise of all allows one in 1,000.
+
+    `z`: a normal variable is above that in so large a share of draws.
+    """
 
     tbt_s: float
     ttft_s: float
     late_share: float
+    z: float
 
     @classmethod
     def of(cls, slo: Slo) -> "Promise":
         """Raises ValueError if the SLO has no bound on TBT."""
         if slo.tbt_s is None:
             raise ValueError(f"SLO {str(slo)!r} has no bound on TBT, which knobs are set by: add tbt:MILLISECONDS")
-        return cls(float(slo.tbt_s), float(slo.ttft_s or DEFAULT_TTFT_S), max(1.0 - slo.quantile, 1e-3))
+        late_share = max(1.0 - slo.quantile, 1e-3)
+        z = NormalDist().inv_cdf(min(1.0 - late_share, 0.999)) if late_share < 1.0 else 0.0
+        return cls(float(slo.tbt_s), float(slo.ttft_s or DEFAULT_TTFT_S), late_share, z)
 
 
 class Memory(NamedTuple):
     """What is kept between messages: sums over the short (`_short`) and the long window, and the newest values.
 
     Sums of gaps count every TBT: `gap` takes all of an iteration for its longest, `late` counts those beyond the SLO.
-    Sums of time count every iteration whose launch was seen.
+    Sums of time count every iteration whose launch was seen. It is a record of this layout.
     """
 
-    gap_last_s: float = 0.0
-    gaps_short: float = 0.0
-    gap_short_s: float = 0.0
-    late_short: float = 0.0
-    gaps_long: float = 0.0
-    gap_long_s: float = 0.0
-    late_long: float = 0.0
-    firsts_short: float = 0.0
-    ttft_short_s: float = 0.0
-    tokens_short: float = 0.0
-    device_short_s: float = 0.0
-    predicted_short_s: float = 0.0
-    stages: float = 1.0
+    gap_last_s: float
+    gaps_short: float
+    gap_short_s: float
+    late_short: float
+    gaps_long: float
+    gap_long_s: float
+    late_long: float
+    firsts_short: float
+    ttft_short_s: float
+    tokens_short: float
+    device_short_s: float
+    predicted_short_s: float
+    stages: float
+    preemptions: float  # heard of; below 0 before the first message
 
 
 class Done(NamedTuple):
-    """One completed iteration. `tokens` and `predicted_s` (on all stages) are 0 if its launch was not seen."""
+    """One completed iteration, as a record. The first of its gaps is that of the request which has run for longest."""
 
+    iteration: float
     gaps: float
     late: float
-    gap_s: float
+    gap_s: float  # the longest
+    first_gap_s: float
     firsts: float
     ttft_s: float
     stages: float
     device_s: float
-    tokens: float
-    predicted_s: float
+    busiest_s: float  # of a stage
 
 
-class Now(NamedTuple):
-    """One message without its completions, and what a step on one stage would take: 0.0 without a model."""
+class Message(NamedTuple):
+    """One message without its completions and prompts, as a record."""
 
+    iteration: float
     decodes: float
     decode_context_tokens: float
     prefill_requests: float
     prefill_tokens: float
+    attention_tokens2: float
     running: float
     waiting: float
     waiting_tokens: float
@@ -96,45 +108,42 @@ class Now(NamedTuple):
     head_remaining: float
     head_context: float
     kv_usage: float
-    preempted: float
+    preemptions: float
     dead_time: float
     budget: float
     chunk: float
     least: float
     largest: float
-    decode_s: float  # of the `probes`
-    linear_s: float
-    batch_s: float
-    full_s: float
+    tile: float
+    listed: float  # prompts
 
 
-def remember(m: Memory, done: Done) -> Memory:
-    """The memory after one more completed iteration."""
-    gap_last_s, gaps_short, gap_short_s, late_short = m.gap_last_s, m.gaps_short, m.gap_short_s, m.late_short
-    gaps_long, gap_long_s, late_long = m.gaps_long, m.gap_long_s, m.late_long
-    firsts, ttft_s = m.firsts_short, m.ttft_short_s
-    tokens, device_s, predicted_s = m.tokens_short, m.device_short_s, m.predicted_short_s
+Predicted = tuple[float, float, float, float]
+"""Seconds on one stage of each of the `probes`; 0.0 without a model."""
+
+
+@compiled
+def remember(m: Any, done: Any, tokens: float, predicted_s: float) -> None:
+    """Take a completed iteration in. `tokens` and `predicted_s` (one stage's) are 0 if its launch was not seen."""
+    m.stages = done.stages
     if done.gaps > 0.0:
-        gap_last_s = done.gap_s
-        gaps_short = SHORT * gaps_short + done.gaps
-        gap_short_s = SHORT * gap_short_s + done.gaps * done.gap_s
-        late_short = SHORT * late_short + done.late
-        gaps_long = LONG * gaps_long + done.gaps
-        gap_long_s = LONG * gap_long_s + done.gaps * done.gap_s
-        late_long = LONG * late_long + done.late
+        m.gap_last_s = done.gap_s
+        m.gaps_short = SHORT * m.gaps_short + done.gaps
+        m.gap_short_s = SHORT * m.gap_short_s + done.gaps * done.gap_s
+        m.late_short = SHORT * m.late_short + done.late
+        m.gaps_long = LONG * m.gaps_long + done.gaps
+        m.gap_long_s = LONG * m.gap_long_s + done.gaps * done.gap_s
+        m.late_long = LONG * m.late_long + done.late
     if done.firsts > 0.0:
-        firsts = SHORT * firsts + done.firsts
-        ttft_s = SHORT * ttft_s + done.firsts * done.ttft_s
-    if done.tokens > 0.0:
-        tokens = SHORT * tokens + done.tokens
-        device_s = SHORT * device_s + done.device_s
-        predicted_s = SHORT * predicted_s + done.predicted_s
-    return Memory(
-        *(gap_last_s, gaps_short, gap_short_s, late_short, gaps_long, gap_long_s, late_long),
-        *(firsts, ttft_s, tokens, device_s, predicted_s, done.stages),
-    )
+        m.firsts_short = SHORT * m.firsts_short + done.firsts
+        m.ttft_short_s = SHORT * m.ttft_short_s + done.firsts * done.ttft_s
+    if tokens > 0.0:
+        m.tokens_short = SHORT * m.tokens_short + tokens
+        m.device_short_s = SHORT * m.device_short_s + done.device_s
+        m.predicted_short_s = SHORT * m.predicted_short_s + done.stages * predicted_s
 
 
+@compiled
 def probes(batch: Composition, budget: float, head_context: float) -> tuple[Composition, ...]:
     """The batches whose times are features: the decodes alone, the batch without its W, the batch, and a full one."""
     decodes, context, requests, tokens, attention = batch
@@ -147,58 +156,73 @@ def probes(batch: Composition, budget: float, head_context: float) -> tuple[Comp
     )
 
 
-def features(m: Memory, now: Now, promise: Promise) -> tuple[float, ...]:
-    """The features, in the order of FEATURES: finite and within -1 to 1, whatever the numbers are."""
+@compiled
+def _over(a: float, b: float) -> float:
+    return a / b if b > 0.0 else 0.0
 
-    def over(a: float, b: float) -> float:
-        return a / b if b > 0.0 else 0.0
 
-    def against(r: float) -> float:
-        return 1.0 - 2.0 / (r * r + 1.0) if r > 0.0 else -1.0
+@compiled
+def _against(r: float) -> float:
+    return 1.0 - 2.0 / (r * r + 1.0) if r > 0.0 else -1.0
 
-    def load(r: float) -> float:
-        return 1.0 - 2.0 / (r + 1.0) if r > 0.0 else -1.0
 
-    def share(r: float) -> float:
-        return (2.0 * r - 1.0 if r < 1.0 else 1.0) if r > 0.0 else -1.0
+@compiled
+def _load(r: float) -> float:
+    return 1.0 - 2.0 / (r + 1.0) if r > 0.0 else -1.0
 
-    def place(tokens: float, least: float, most: float) -> float:
-        return math.log(max(tokens, least) / least) / math.log(most / least) if most > least else 1.0
 
+@compiled
+def _share(r: float) -> float:
+    return (2.0 * r - 1.0 if r < 1.0 else 1.0) if r > 0.0 else -1.0
+
+
+@compiled
+def _place(tokens: float, least: float, most: float) -> float:
+    return math.log(max(tokens, least) / least) / math.log(most / least) if most > least else 1.0
+
+
+@compiled
+def features(m: Any, now: Any, preempted: float, predicted: Predicted, promise: Promise) -> tuple[float, ...]:
+    """The features, in the order of FEATURES: finite and within -1 to 1, whatever the numbers are.
+
+    `m` is a `Memory`, `now` a `Message`.
+    """
+    decode_s, linear_s, batch_s, full_s = predicted
     return (
-        against(m.gap_last_s / promise.tbt_s),
-        against(over(m.gap_short_s, m.gaps_short) / promise.tbt_s),
-        against(over(m.gap_long_s, m.gaps_long) / promise.tbt_s),
-        against(over(m.ttft_short_s, m.firsts_short) / promise.ttft_s),
-        against(over(m.device_short_s, m.predicted_short_s)),
-        against(m.stages * now.decode_s / promise.tbt_s),
-        against(m.stages * now.batch_s / promise.tbt_s),
-        against(m.stages * now.full_s / promise.tbt_s),
-        load(now.oldest_wait_s / promise.ttft_s),
-        load(over(m.late_short, m.gaps_short) / promise.late_share),
-        load(over(m.late_long, m.gaps_long) / promise.late_share),
-        load(now.waiting_tokens * over(m.device_short_s, m.tokens_short) / promise.ttft_s),
-        load(over(now.waiting_tokens, now.budget)),
-        load(over(now.head_remaining, now.budget)),
-        load(over(now.head_context, now.largest)),
-        load(over(over(now.decode_context_tokens, now.decodes), now.largest)),
-        load(now.prefill_requests),
-        load(now.dead_time),
-        share(over(now.batch_s - now.decode_s, now.batch_s)),
-        share(over(now.batch_s - now.linear_s, now.batch_s)),
-        share(over(now.decodes + now.prefill_tokens, now.budget)),
-        share(over(now.prefill_tokens, now.decodes + now.prefill_tokens)),
-        share(over(now.head_context, now.head_context + now.head_remaining)),
-        share(over(now.waiting, now.running + now.waiting)),
-        share(now.kv_usage),
-        share(now.preempted),
-        share(place(over(promise.tbt_s * m.tokens_short, m.device_short_s), now.least, now.largest)),
-        share(place(now.decodes, now.least, now.largest)),
-        share(place(now.budget, now.least, now.largest)),
-        share(place(now.chunk, now.least, now.budget)),
+        _against(m.gap_last_s / promise.tbt_s),
+        _against(_over(m.gap_short_s, m.gaps_short) / promise.tbt_s),
+        _against(_over(m.gap_long_s, m.gaps_long) / promise.tbt_s),
+        _against(_over(m.ttft_short_s, m.firsts_short) / promise.ttft_s),
+        _against(_over(m.device_short_s, m.predicted_short_s)),
+        _against(m.stages * decode_s / promise.tbt_s),
+        _against(m.stages * batch_s / promise.tbt_s),
+        _against(m.stages * full_s / promise.tbt_s),
+        _load(now.oldest_wait_s / promise.ttft_s),
+        _load(_over(m.late_short, m.gaps_short) / promise.late_share),
+        _load(_over(m.late_long, m.gaps_long) / promise.late_share),
+        _load(now.waiting_tokens * _over(m.device_short_s, m.tokens_short) / promise.ttft_s),
+        _load(_over(now.waiting_tokens, now.budget)),
+        _load(_over(now.head_remaining, now.budget)),
+        _load(_over(now.head_context, now.largest)),
+        _load(_over(_over(now.decode_context_tokens, now.decodes), now.largest)),
+        _load(now.prefill_requests),
+        _load(now.dead_time),
+        _share(_over(batch_s - decode_s, batch_s)),
+        _share(_over(batch_s - linear_s, batch_s)),
+        _share(_over(now.decodes + now.prefill_tokens, now.budget)),
+        _share(_over(now.prefill_tokens, now.decodes + now.prefill_tokens)),
+        _share(_over(now.head_context, now.head_context + now.head_remaining)),
+        _share(_over(now.waiting, now.running + now.waiting)),
+        _share(now.kv_usage),
+        _share(preempted),
+        _share(_place(_over(promise.tbt_s * m.tokens_short, m.device_short_s), now.least, now.largest)),
+        _share(_place(now.decodes, now.least, now.largest)),
+        _share(_place(now.budget, now.least, now.largest)),
+        _share(_place(now.chunk, now.least, now.budget)),
     )
 
 
+@compiled
 def knobs_of(place: float, share: float, least: int, largest: int, tile: int) -> tuple[int, int]:
     """(budget, chunk) of an action: whole tiles above one tile, within the bounds."""
 

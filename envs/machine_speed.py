@@ -1,5 +1,7 @@
 """How much slower or faster than its profile a machine is, from what it is seen to do."""
 
+from typing import NamedTuple
+
 import numpy as np
 
 from engine.compiled import compiled
@@ -19,6 +21,32 @@ NOISE_MEMORY = 0.99
 LEAST_NOISE, MOST_NOISE = 0.005, 0.3
 
 
+class Estimate(NamedTuple):
+    """What is known of a machine, for `follow`; float64, n the parts of the step time and one."""
+
+    state: FloatArray  # [n]: s, then d_j
+    covariance: FloatArray  # [n, n]
+    gain: FloatArray  # [n]
+    noise: FloatArray  # [3]: variances of decode-only and mixed iterations, mean surprise
+    factors: FloatArray  # [parts]
+
+    @classmethod
+    def of(cls, step_time: StepTimeModel | None) -> "Estimate":
+        """Before anything was seen."""
+        n, deviations = 1 + N_PARTS, profile_deviations(step_time)
+        state = np.zeros(n)
+        state[0] = 1.0
+        noise = np.array([*deviations**2, 0.0])
+        return cls(state, PART_ERROR**2 * np.eye(n), np.zeros(n), noise, np.ones(N_PARTS))
+
+
+def profile_deviations(step_time: StepTimeModel | None) -> FloatArray:
+    """Of decode-only and mixed iterations' time / mean, float64 [2]."""
+    if step_time is None:
+        return np.full(2, LEAST_NOISE)
+    return np.maximum(np.std(step_time.residuals, axis=1), LEAST_NOISE)
+
+
 class MachineSpeed:
     """A Kalman filter for the factors on the parts of the profile's step time (`envs.step_mean.step_parts`).
 
@@ -33,23 +61,15 @@ class MachineSpeed:
 
     def __init__(self, step_time: StepTimeModel) -> None:
         self._coefficients = step_time.coefficients
-        deviations = np.maximum(np.std(step_time.residuals, axis=1), LEAST_NOISE)
-        self._scalars = np.array([deviations[0] ** 2, deviations[1] ** 2, 0.0])  # noise variances, mean surprise
-        self._state = np.zeros(1 + N_PARTS)
-        self._state[0] = 1.0
-        self._covariance = np.diag([PART_ERROR**2] + [PART_ERROR**2] * N_PARTS)
-        self._gain = np.zeros(1 + N_PARTS)
-        self.factors = np.ones(N_PARTS)
-        self._profile_deviations = deviations
+        self._profile_deviations = profile_deviations(step_time)
+        self._estimate = Estimate.of(step_time)
+        self.factors = self._estimate.factors
 
     def observe(self, batch: BatchComposition, seconds: float) -> None:
         """An iteration took `seconds`; no number of seconds above 0 says nothing."""
         if not 0.0 < seconds < np.inf:
             return
-        _observe(
-            *(self._coefficients, self._state, self._covariance, self._gain, self._scalars, self.factors),
-            *(*map(float, batch.load), seconds),
-        )
+        follow(self._coefficients, self._estimate, *map(float, batch.load), seconds)
 
     def predicted_s(self, batch: BatchComposition) -> float:
         """Mean seconds of an iteration, as the machine runs now."""
@@ -57,17 +77,13 @@ class MachineSpeed:
 
     def noise(self, mixed: bool) -> float:
         """Deviation of measured / predicted, as seen lately, over the profile's."""
-        return float(np.sqrt(self._scalars[int(mixed)]) / self._profile_deviations[int(mixed)])
+        return float(np.sqrt(self._estimate.noise[int(mixed)]) / self._profile_deviations[int(mixed)])
 
 
 @compiled
-def _observe(
+def follow(
     coefficients: FloatArray,
-    state: FloatArray,
-    covariance: FloatArray,
-    gain: FloatArray,
-    scalars: FloatArray,
-    factors: FloatArray,
+    estimate: Estimate,
     decodes: float,
     decode_context: float,
     requests: float,
@@ -75,6 +91,8 @@ def _observe(
     attention: float,
     seconds: float,
 ) -> None:
+    """Take in an iteration of this batch that took `seconds`, a number above 0."""
+    state, covariance, gain, scalars, factors = estimate
     parts = step_parts(coefficients, decodes, decode_context, requests, tokens, attention)
     predicted_s = parts[0] + parts[1] + parts[2] + parts[3]
     n, regime, keep = N_PARTS + 1, int(tokens > 0.0), 1.0 - 1.0 / PART_MEMORY

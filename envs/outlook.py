@@ -1,23 +1,34 @@
-"""What a law can know of the iteration that its answer acts on, one dead time after the one that telemetry reports."""
+"""What a law can know of the iteration that its answer acts on, one dead time after the one that telemetry reports.
 
-from collections.abc import Iterable, Sequence
-from operator import itemgetter
+The arithmetic is compiled: learned laws are trained on it, lane by lane, and all laws use it in every iteration.
+"""
+
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from engine.protocol import MOST_PROMPTS, Telemetry
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.compiled import compiled
+from engine.protocol import MOST_PROMPTS, BatchComposition, QueueState, Telemetry
+
+FloatArray = NDArray[np.float64]
+
+REMAINING, START, CHUNK = 0, 1, 2
+"""Rows of the prompts, float64 [3, MOST_PROMPTS]: tokens left, their context, and what the batch computes of them."""
 
 
 class Outlook(NamedTuple):
     """The state in which the next batch under our knobs is formed: who decodes, and which prompts are left to compute.
 
-    Requests that end in between are not known beforehand, so the decodes are never too few. `prompts` are the first
-    that are left, (remaining, context) each in tokens, in the order in which they are served; behind them wait
+    Requests that end in between are not known beforehand, so the decodes are never too few. `prompts`, float64 [n, 2],
+    are the first that are left, (remaining, context) in tokens, in the order in which they are served; behind them wait
     `behind_requests` that telemetry does not list, of `behind_tokens` together.
     """
 
     decodes: int
     decode_context_tokens: int
-    prompts: tuple[tuple[int, int], ...]
+    prompts: FloatArray
     behind_requests: int
     behind_tokens: int
 
@@ -28,11 +39,11 @@ class Outlook(NamedTuple):
     @property
     def prompt_tokens(self) -> int:
         """All that are left to compute."""
-        return sum(remaining for remaining, _ in self.prompts) + self.behind_tokens
+        return int(self.prompts[:, REMAINING].sum()) + self.behind_tokens
 
     @property
     def head_context_tokens(self) -> int:
-        return self.prompts[0][1] if self.prompts else 0
+        return int(self.prompts[0, START]) if len(self.prompts) else 0
 
 
 def foresee(telemetry: Telemetry, under_way: Sequence[tuple[int, int]] = ()) -> Outlook:
@@ -44,45 +55,85 @@ def foresee(telemetry: Telemetry, under_way: Sequence[tuple[int, int]] = ()) -> 
     In a pipeline a batch decodes only those of one turn: this one's are taken for the next one's.
     """
     batch, queue = telemetry.batch, telemetry.queue
-    pairs = zip(queue.prompt_remaining_tokens, queue.prompt_context_tokens, strict=False)
-    listed = [(remaining, start) for remaining, start in pairs if remaining > 0]
-    begun = max(queue.running_requests - batch.decode_tokens, batch.prefill_requests)
-    behind = max(begun + queue.waiting_requests - len(listed), 0) if len(listed) >= MOST_PROMPTS else 0
-    waiting_listed = sum(remaining for remaining, _ in listed[begun:])
-    behind_tokens = max(queue.waiting_prompt_tokens - waiting_listed, behind) if behind else 0
-    state = _after(batch.prefill_chunk_tokens, batch.decode_tokens, batch.decode_context_tokens, listed)
+    prompts = np.zeros((3, MOST_PROMPTS))
+    listed = list_prompts(prompts, queue, batch)
     in_force = (telemetry.knobs.budget_tokens, telemetry.knobs.chunk_tokens)
-    for i in range(telemetry.dead_time_iterations - 1):
-        budget, chunk = under_way[i] if i < len(under_way) else in_force
-        decodes, context, prompts = state
-        state = _after(_served(prompts, budget - decodes, chunk), decodes, context, prompts)
-    decodes, context, prompts = state
-    return Outlook(decodes, context, tuple(prompts), behind, behind_tokens)
+    ahead = telemetry.dead_time_iterations - 1
+    knobs = np.array([*under_way, *[in_force] * ahead][:ahead], np.int64).reshape(-1, 2)
+    behind, behind_tokens = left_out(
+        prompts,
+        listed,
+        max(queue.running_requests - batch.decode_tokens, batch.prefill_requests),
+        queue.waiting_requests,
+        queue.waiting_prompt_tokens,
+    )
+    n, decodes, context = run_ahead(prompts, listed, batch.decode_tokens, batch.decode_context_tokens, knobs)
+    return Outlook(int(decodes), int(context), prompts[:CHUNK, :n].T, int(behind), int(behind_tokens))
 
 
-def _after(
-    chunks: Iterable[int], decodes: int, context: int, prompts: list[tuple[int, int]]
-) -> tuple[int, int, list[tuple[int, int]]]:
-    """(decodes, their context, prompts) when a batch with these chunks of the first prompts has run."""
+def list_prompts(prompts: FloatArray, queue: QueueState, batch: BatchComposition) -> int:
+    """Write to `prompts` what telemetry tells of them; returns how many those are."""
+    n = min(len(queue.prompt_remaining_tokens), len(queue.prompt_context_tokens), MOST_PROMPTS)
+    if n:
+        prompts[REMAINING, :n] = queue.prompt_remaining_tokens[:n]
+        prompts[START, :n] = queue.prompt_context_tokens[:n]
+        chunks = batch.prefill_chunk_tokens[:n]
+        prompts[CHUNK, :n] = 0.0
+        prompts[CHUNK, : len(chunks)] = chunks
+    return n
+
+
+@compiled
+def left_out(prompts: FloatArray, n: int, begun: float, waiting: float, waiting_tokens: float) -> tuple[float, float]:
+    """(requests, tokens) of the prompts that telemetry does not list: `begun` and `waiting` are all that there are."""
+    if n < MOST_PROMPTS:
+        return 0.0, 0.0
+    behind = max(begun + waiting - n, 0.0)
+    if behind == 0.0:
+        return 0.0, 0.0
+    listed_tokens = 0.0
+    for i in range(int(min(max(begun, 0.0), n)), n):
+        listed_tokens += prompts[REMAINING, i]
+    return behind, max(waiting_tokens - listed_tokens, behind)
+
+
+@compiled
+def run_ahead(
+    prompts: FloatArray, n: int, decodes: float, context: float, under_way: NDArray[np.int64]
+) -> tuple[int, float, float]:
+    """(prompts left, decodes, their context) when this batch and those `under_way` have run.
+
+    `under_way`, int64 [iterations, 2], are their knobs. The prompts that are left take the first places.
+    """
+    n, decodes, context = _computed(prompts, n, decodes, context)
+    for i in range(len(under_way)):
+        left, chunk = under_way[i, 0] - decodes, float(under_way[i, 1])
+        for k in range(n):
+            part = max(min(prompts[REMAINING, k], chunk, left), 0.0)
+            prompts[CHUNK, k] = part
+            left -= part
+        n, decodes, context = _computed(prompts, n, decodes, context)
+    return n, decodes, context
+
+
+@compiled
+def _computed(prompts: FloatArray, n: int, decodes: float, context: float) -> tuple[int, float, float]:
+    """The state when a batch with these chunks has run."""
     context += decodes
-    left = []
-    n_served = 0
-    for chunk, (remaining, start) in zip(chunks, prompts, strict=False):
-        n_served += 1
+    left = 0
+    for i in range(n):
+        chunk, remaining, start = prompts[CHUNK, i], prompts[REMAINING, i], prompts[START, i]
+        if remaining <= 0.0:
+            continue
         if chunk >= remaining:
-            decodes, context = decodes + 1, context + start + remaining
-        else:
-            left.append((remaining - chunk, start + chunk))
-    # Those just begun take their place: the least remaining is served first.
-    return decodes, context, sorted(left, key=itemgetter(0)) + prompts[n_served:]
-
-
-def _served(prompts: list[tuple[int, int]], tokens: int, chunk: int) -> list[int]:
-    chunks = []
-    for remaining, _ in prompts:
-        part = min(remaining, chunk, tokens)
-        if part <= 0:
-            break
-        chunks.append(part)
-        tokens -= part
-    return chunks
+            decodes += 1.0
+            context += start + remaining
+            continue
+        remaining, start, at = remaining - chunk, start + chunk, left
+        # Those just begun take their place: the least remaining is served first.
+        while chunk > 0.0 and at > 0 and prompts[REMAINING, at - 1] > remaining:
+            prompts[REMAINING, at], prompts[START, at] = prompts[REMAINING, at - 1], prompts[START, at - 1]
+            at -= 1
+        prompts[REMAINING, at], prompts[START, at] = remaining, start
+        left += 1
+    return left, decodes, context

@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 from numpy.random import Generator
 
-from envs.codec import N_ACTIONS, N_FEATURES, Codec, to_knobs
+from envs.codec import N_ACTIONS, N_FEATURES, Codec, Form
 from envs.features import Float32Array, Promise
 from envs.reward import NOTHING, Earned, earned, plus, unfinished_requests
 from envs.simulator import NEVER, Plant, Simulation
@@ -91,23 +91,23 @@ def outcome_info(simulation: Simulation, slo: Slo) -> dict[str, float]:
 
 
 class ServingEnv(gymnasium.Env[Float32Array, Float32Array]):
-    """Serves the requests of one scenario an episode.
+    """Serves the requests of one scenario an episode. `form` is that of the actions, see `envs.codec`.
 
     All iterations of a step run on its action; the codec hears of all of them, and the rewards add up. `info` tells
     what happened in the step: the time (`time_s`) and the knobs (`budget_tokens`, `chunk_tokens`) of the last
     iteration, and the fields of `Earned` but for the reward; after the last step `outcome_info` as well.
     """
 
-    def __init__(self, source: Source, episodes: Episodes = Episodes()) -> None:
+    def __init__(self, source: Source, episodes: Episodes = Episodes(), form: Form = "knobs") -> None:
         self.observation_space, self.action_space = observation_space(), action_space()
-        self._source, self._episodes = source, episodes
+        self._source, self._episodes, self._form = source, episodes, form
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Float32Array, dict[str, Any]]:
         super().reset(seed=seed)
         self._scenario, self._simulation, self._promise = begin(self._source, self.np_random)
-        self._codec = Codec(self._scenario.slo, self._scenario.step_time)
+        self._codec = Codec(self._scenario.slo, self._scenario.step_time, self._form)
         self._credited = np.zeros(len(self._scenario.workload), np.int64)
         self._steps = 0
         config, dead_time = self._scenario.plant.config, self._scenario.plant.dead_time_iterations
@@ -120,8 +120,8 @@ class ServingEnv(gymnasium.Env[Float32Array, Float32Array]):
         if not hasattr(self, "_simulation"):
             raise gymnasium.error.ResetNeeded("call reset before the first step")
         simulation, episodes, total = self._simulation, self._episodes, NOTHING
-        answer = to_knobs(action, simulation.plant.config.bounds)
         for _ in range(episodes.frame_skip):
+            answer = self._codec.knobs(action)
             if not self._launched:  # nothing runs: the answer is there long before the next iteration
                 self._pending = deque([answer] * (simulation.plant.dead_time_iterations - 1))
             self._pending.append(answer)

@@ -14,7 +14,8 @@ from gymnasium.vector.utils import batch_space
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from envs.features import Float32Array, FloatArray, Memory
+from envs.codec import Form, fills
+from envs.features import Float32Array, FloatArray
 from envs.lanes import Seen, begin_lane, lane_of, lists_of, step_lanes
 from envs.reward import Earned, unfinished_requests
 from envs.serving_env import Episodes, Scenario, Source, action_space, begin, observation_space, outcome_info
@@ -31,6 +32,7 @@ class ServingVectorEnv(gymnasium.vector.VectorEnv[Float32Array, Float32Array, ND
     Seed k gives environment i the generator of seed k + i. An episode that is over is followed by a new one: with the
     next step, whose action is then ignored and whose reward is 0 (`AutoresetMode.NEXT_STEP`), or at once
     (`SAME_STEP`: the observation is the new episode's; `final_obs` and `final_info` in `info` are the old one's).
+    `form` is that of the actions, see `envs.codec`.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class ServingVectorEnv(gymnasium.vector.VectorEnv[Float32Array, Float32Array, ND
         n_envs: int,
         episodes: Episodes = EVERY_ITERATION,
         autoreset_mode: AutoresetMode = AutoresetMode.NEXT_STEP,
+        form: Form = "knobs",
     ) -> None:
         if n_envs < 1:
             raise ValueError(f"n_envs is {n_envs}; it must be at least 1")
@@ -49,7 +52,7 @@ class ServingVectorEnv(gymnasium.vector.VectorEnv[Float32Array, Float32Array, ND
         self.single_observation_space, self.single_action_space = observation_space(), action_space()
         self.observation_space = batch_space(self.single_observation_space, n_envs)
         self.action_space = batch_space(self.single_action_space, n_envs)
-        self._source, self._episodes = source, episodes
+        self._source, self._episodes, self._form = source, episodes, form
         self._same_step = autoreset_mode == AutoresetMode.SAME_STEP
         self._generators: list[Generator | None] = [None] * n_envs
         self._running: dict[int, tuple[Scenario, Simulation]] = {}
@@ -57,7 +60,6 @@ class ServingVectorEnv(gymnasium.vector.VectorEnv[Float32Array, Float32Array, ND
         self._steps = np.zeros(n_envs, np.int64)
         self._over = np.zeros(n_envs, np.bool_)
         self._lanes: Any = None
-        self._memories: Any = None
         self._seen = Seen.empty(n_envs)
 
     def reset(
@@ -84,7 +86,7 @@ class ServingVectorEnv(gymnasium.vector.VectorEnv[Float32Array, Float32Array, ND
             raise ValueError(f"actions {actions} hold NaN: the law is broken, or its observations are")
         seen, episodes, resets = self._seen, self._episodes, self._over.copy()
         clipped = np.clip(actions, -1.0, 1.0).astype(np.float64)
-        step_lanes(self._lanes, self._memories, ~resets, clipped, episodes.frame_skip, seen)
+        step_lanes(self._lanes, ~resets, clipped, episodes.frame_skip, seen)
         self._steps += 1
         terminated = seen.done & ~resets
         truncated = (seen.time_s >= episodes.until_s) | (self._steps >= episodes.max_steps)
@@ -111,14 +113,18 @@ class ServingVectorEnv(gymnasium.vector.VectorEnv[Float32Array, Float32Array, ND
             self._over = np.zeros_like(over)
         return observations, rewards, terminated, truncated, info
 
+    def scenario(self, i: int) -> Scenario:
+        """What the episode in place i is about."""
+        return self._running[i][0]
+
     def _begin(self, i: int) -> None:
         rng = self._generators[i]
         assert rng is not None
         scenario, simulation, promise = begin(self._source, rng)
-        lane = lane_of(simulation, promise, scenario.step_time)
+        lane = lane_of(simulation, promise, scenario.step_time, fills(self._form, scenario.step_time))
         if self._lanes is None:
-            self._lanes, self._memories = lists_of(lane, Memory(), self.num_envs)
-        begin_lane(self._lanes, self._memories, i, lane, Memory(), self._seen)
+            self._lanes = lists_of(lane, self.num_envs)
+        begin_lane(self._lanes, i, lane, self._seen)
         self._running[i] = (scenario, simulation)
         self._steps[i] = 0
 

@@ -13,7 +13,7 @@ factor of its regime, of mean 1. `envs.step_time_fit` fits it all.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -28,6 +28,7 @@ from envs.step_mean import FloatArray, mean_step_s
 BoolArray = NDArray[np.bool_]
 
 CURVES = ("tokens", "decodes", "decode_context_tokens", "prefill_requests", "prefill_attention_tokens2")
+PARTS = ("fixed_s", *CURVES)
 DECODE_ONLY_CURVES = ("tokens", "decode_context_tokens")
 N_RESIDUALS = 256
 QUIET = (1.0,) * N_RESIDUALS
@@ -88,13 +89,14 @@ class Regime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if r.shape != (N_RESIDUALS,) or not (r > 0).all() or (np.diff(r) < 0).any() or abs(r.mean() - 1) > 1e-6:
             raise ValueError(f"residuals must be {N_RESIDUALS} factors above 0, ascending, of mean 1: fit it again")
 
-    def scaled(self, factor: float) -> "Regime":
-        curves = {name: getattr(self, name) for name in CURVES}
-        return msgspec.structs.replace(
-            self,
-            fixed_s=self.fixed_s * factor,
-            **{name: Curve(c.starts, tuple(s * factor for s in c.slopes_s)) for name, c in curves.items()},
-        )
+    def bent(self, factors: Mapping[str, float]) -> "Regime":
+        """Each part's time times its factor; parts are `fixed_s` and CURVES, and those not named stay as they are."""
+        changed: dict[str, Any] = {}
+        for name, factor in factors.items():
+            part = getattr(self, name)
+            curved = isinstance(part, Curve)
+            changed[name] = Curve(part.starts, tuple(s * factor for s in part.slopes_s)) if curved else part * factor
+        return msgspec.structs.replace(self, **changed)
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -202,7 +204,11 @@ class StepTimeModel:
 
     def scaled(self, factor: float) -> "StepTimeModel":
         """All times times `factor`: a pipeline stage's share (1 / stages if layers are dealt evenly)."""
-        return self._with(lambda regime: regime.scaled(factor))
+        return self.bent(dict.fromkeys(PARTS, factor))
+
+    def bent(self, factors: Mapping[str, float]) -> "StepTimeModel":
+        """Another machine: the times of each of PARTS, in both regimes, times its factor; without one, as they are."""
+        return self._with(lambda regime: regime.bent(factors))
 
     def _with(self, change: Callable[[Regime], Regime]) -> "StepTimeModel":
         d = self.description

@@ -63,8 +63,8 @@ class StepCosts:
         return self._model.mean_s(*batch.load)
 
     def of_budget(self, budget_tokens: int) -> float:
-        newcomer = (budget_tokens, 0)
-        filled = self._outlook._replace(prompts=(*self._outlook.prompts, newcomer))
+        newcomer = (float(budget_tokens), 0.0)
+        filled = self._outlook._replace(prompts=np.vstack((self._outlook.prompts, newcomer)))
         return self._chooser.step_s(filled, budget_tokens, AS_PROFILED)
 
     def budget(self, cost: float) -> int:

@@ -6,7 +6,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, ClassVar
 
 from engine.protocol import Telemetry
-from envs.batch_choice import BatchChooser
+from envs.batch_choice import CROWDED, BatchChooser
 from envs.machine_speed import LEAST_NOISE, MachineSpeed
 from envs.outlook import Outlook, foresee
 from envs.slo import Slo
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from envs.step_time import StepTimeModel
 
 STRICTEST = 0.3  # wider, in logarithms, is the margin when as much is owed as can be
-CROWDED = 0.9  # of the KV cache: no more prompts are begun side by side
 LEAST_PACE = 0.5  # of the pace promised: what a request that is behind is helped with
 
 

@@ -20,7 +20,8 @@ LIMIT_S = 0.04
 
 
 def outlook(decodes: int, *prompts: tuple[int, int], behind: int = 0, each: int = 0, context: int = 1000) -> Outlook:
-    return Outlook(decodes, decodes * context, prompts, behind, behind * each)
+    listed = np.array(prompts, np.float64).reshape(-1, 2)
+    return Outlook(decodes, decodes * context, listed, behind, behind * each)
 
 
 def batch_s(state: Outlook, budget: int, chunk: int, newcomers: int = 0, model: StepTimeModel = MODEL) -> float:

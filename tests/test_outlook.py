@@ -18,6 +18,7 @@ from envs.workload import Workload
 MODEL = StepTimeModel.from_formula((5e-3, 1e-5, 4e-8), (6e-3, 5e-5, 4e-8, 1e-9, 3e-4)).with_noise(0.1)
 TILE = 16
 NEVER_ENDS = 4000
+NOTHING = np.zeros((0, 2))
 
 
 def engine(budget: int = 256, chunk: int = 256) -> EngineConfig:
@@ -33,17 +34,17 @@ def engine(budget: int = 256, chunk: int = 256) -> EngineConfig:
     )
 
 
-def listed(heard: Telemetry) -> tuple[tuple[int, int], ...]:
-    return tuple(zip(heard.queue.prompt_remaining_tokens, heard.queue.prompt_context_tokens, strict=True))
+def listed(heard: Telemetry) -> list[list[int]]:
+    return [*map(list, zip(heard.queue.prompt_remaining_tokens, heard.queue.prompt_context_tokens, strict=True))]
 
 
 def same(outlook: Outlook, after: Telemetry) -> None:
     """Exactly what telemetry says when the batch is formed, of as many prompts as were listed."""
     assert outlook.decodes == after.batch.decode_tokens
     assert outlook.decode_context_tokens == after.batch.decode_context_tokens
-    assert outlook.prompts == listed(after)[: len(outlook.prompts)]
+    assert outlook.prompts.tolist() == listed(after)[: len(outlook.prompts)]
     if not outlook.behind_requests:
-        assert outlook.prompts == listed(after)
+        assert outlook.prompts.tolist() == listed(after)
 
 
 @pytest.mark.parametrize("dead_time", [1, 2, 3])
@@ -108,7 +109,7 @@ def test_requests_that_end_are_all_that_foresight_does_not_know() -> None:
         assert outlook.decodes - len(ended) == after.batch.decode_tokens
         their_context = sum(f.prompt_tokens + f.output_tokens - 1 for f in ended)
         assert outlook.decode_context_tokens - their_context == after.batch.decode_context_tokens
-        assert outlook.prompts == listed(after)[: len(outlook.prompts)], "others may have come since"
+        assert outlook.prompts.tolist() == listed(after)[: len(outlook.prompts)], "others may have come since"
         ends += bool(ended)
     assert ends > 20
 
@@ -119,7 +120,7 @@ def test_behind_the_listed_prompts_wait_those_that_telemetry_only_counts() -> No
     queue = QueueState(2, 19, 1900, 1.0, (60, *(100,) * (MOST_PROMPTS - 1)), (40, *(0,) * (MOST_PROMPTS - 1)))
     outlook = foresee(telemetry(batch, queue))
     assert (outlook.decodes, outlook.decode_context_tokens) == (2, 501 + 100)
-    assert outlook.prompts == ((100, 0),) * (MOST_PROMPTS - 1)
+    assert outlook.prompts.tolist() == [[100, 0]] * (MOST_PROMPTS - 1)
     assert (outlook.behind_requests, outlook.behind_tokens) == (4, 400)
     assert (outlook.n_prompts, outlook.prompt_tokens) == (19, 1900)
     assert outlook.head_context_tokens == 0
@@ -131,13 +132,14 @@ def test_what_is_missing_of_the_knobs_under_way_are_those_in_force() -> None:
     heard = msgspec.structs.replace(
         telemetry(batch, queue), dead_time_iterations=3, knobs=InForce(64, 64, 0, 0, "controller")
     )
-    assert foresee(heard).prompts == ((500 - 30 - 62 - 62, 30 + 62 + 62),)
-    assert foresee(heard, [(128, 16)]).prompts == ((500 - 30 - 16 - 62, 30 + 16 + 62),)
-    assert foresee(heard, [(128, 16), (1024, 1024)]).prompts == (), "it ends before our batch"
+    assert foresee(heard).prompts.tolist() == [[500 - 30 - 62 - 62, 30 + 62 + 62]]
+    assert foresee(heard, [(128, 16)]).prompts.tolist() == [[500 - 30 - 16 - 62, 30 + 16 + 62]]
+    assert foresee(heard, [(128, 16), (1024, 1024)]).prompts.tolist() == [], "it ends before our batch"
     assert foresee(heard, [(128, 16), (1024, 1024)]).decodes == 3
-    assert foresee(heard, [(2, 2), (1, 1)]).prompts == ((470, 30),), "decodes take the whole budget"
+    assert foresee(heard, [(2, 2), (1, 1)]).prompts.tolist() == [[470, 30]], "decodes take the whole budget"
 
 
 def test_an_idle_engine_leaves_nothing_to_foresee() -> None:
-    assert foresee(telemetry()) == Outlook(0, 0, (), 0, 0)
+    assert foresee(telemetry())._replace(prompts=NOTHING) == Outlook(0, 0, NOTHING, 0, 0)
+    assert foresee(telemetry()).prompts.shape == NOTHING.shape
     assert foresee(telemetry()).head_context_tokens == 0

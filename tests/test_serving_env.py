@@ -15,7 +15,7 @@ from numpy.random import Generator
 from engine.batching import SCHEDULES
 from engine.config import EngineConfig
 from engine.protocol import Telemetry
-from envs.codec import Codec, to_knobs
+from envs.codec import FORMS, Codec, Form
 from envs.outcome import Outcome
 from envs.serving_env import Episodes, Scenario, ServingEnv, drawn_workloads
 from envs.serving_vector_env import ServingVectorEnv
@@ -59,6 +59,11 @@ def random_scenario(rng: Generator) -> Scenario:
     workload = Workload(np.sort(rng.exponential(float(rng.choice([0.0, 0.1, 2.0])), n)), prompts, outputs)
     slo = Slo(tbt_s=float(rng.choice([1e-3, 0.02, 1.0])), ttft_s=[None, 0.2][rng.integers(2)], quantile=0.9)
     return Scenario(plant, workload, slo, [None, MODEL.scaled(1.5)][rng.integers(2)])
+
+
+def with_a_model(rng: Generator) -> Scenario:
+    scenario = random_scenario(rng)
+    return scenario._replace(step_time=scenario.step_time or MODEL.scaled(0.7))
 
 
 def fixed(plant: Plant, workload: Workload, slo: Slo = SLO) -> Callable[[Generator], Scenario]:
@@ -118,7 +123,10 @@ def test_without_a_seed_the_next_episode_is_another_and_as_reproducible() -> Non
         *((1, {"pipeline_parallel": 2}), (3, {"pipeline_parallel": 2})),
     ],
 )
-def test_a_law_drives_the_environment_as_it_drives_the_simulation(dead_time: int, depth: dict[str, Any]) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_a_law_drives_the_environment_as_it_drives_the_simulation(
+    dead_time: int, depth: dict[str, Any], form: Form
+) -> None:
     plant = Plant(EngineConfig(**depth), NOISY, dead_time)
     arrival_s = np.r_[np.linspace(0, 0.5, 20), np.linspace(3, 3.2, 20)]  # with a pause in between
     rng = np.random.default_rng(2)
@@ -127,7 +135,7 @@ def test_a_law_drives_the_environment_as_it_drives_the_simulation(dead_time: int
     def act(observation: np.ndarray) -> np.ndarray:
         return np.sin(1e3 * observation[:2] + observation[2])  # never twice the same, so that a shift would show
 
-    env = ServingEnv(fixed(plant, workload))
+    env = ServingEnv(fixed(plant, workload), form=form)
     seed, knobs = 7, []
     observation, _ = env.reset(seed=seed)
     terminated = False
@@ -135,17 +143,17 @@ def test_a_law_drives_the_environment_as_it_drives_the_simulation(dead_time: int
         observation, _, terminated, _, info = env.step(act(observation))
         knobs.append((info["time_s"], info["budget_tokens"], info["chunk_tokens"]))
 
-    codec, told = Codec(SLO, NOISY), []
+    codec, told = Codec(SLO, NOISY, form), []
 
     def decide(telemetry: Telemetry, now_ns: int) -> tuple[int, int, str]:
         told.append((telemetry.scheduled_ns * 1e-9, telemetry.knobs.budget_tokens, telemetry.knobs.chunk_tokens))
-        return (*to_knobs(act(codec.observe(telemetry)), telemetry.bounds), "")
+        return (*codec.knobs(act(codec.observe(telemetry))), "")
 
     simulation_seed = int(gymnasium.utils.seeding.np_random(seed)[0].integers(2**31))
     simulation = Simulation(plant, workload, simulation_seed)
     simulation.run_law(decide)
     np.testing.assert_allclose(knobs, told[1:], atol=1e-9)
-    assert len({budget for _, budget, _ in knobs}) > 20
+    assert len({budget for _, budget, _ in knobs}) > 15
 
 
 def test_a_random_law_cannot_break_it() -> None:
@@ -163,10 +171,12 @@ def test_a_random_law_cannot_break_it() -> None:
 
 @pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
 @pytest.mark.parametrize("episodes", [Episodes(), Episodes(frame_skip=3, until_s=0.3, max_steps=40)])
-def test_all_at_once_is_the_same_as_one_by_one(mode: AutoresetMode, episodes: Episodes) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_all_at_once_is_the_same_as_one_by_one(mode: AutoresetMode, episodes: Episodes, form: Form) -> None:
     n, rng = 6, np.random.default_rng(1)
-    vector = ServingVectorEnv(random_scenario, n, episodes, mode)
-    one_by_one = SyncVectorEnv([partial(ServingEnv, random_scenario, episodes)] * n, autoreset_mode=mode)
+    source = random_scenario if form == "knobs" else with_a_model
+    vector = ServingVectorEnv(source, n, episodes, mode, form)
+    one_by_one = SyncVectorEnv([partial(ServingEnv, source, episodes, form)] * n, autoreset_mode=mode)
     assert vector.observation_space == one_by_one.observation_space
     assert vector.action_space == one_by_one.action_space
     results = [env.reset(seed=11) for env in (vector, one_by_one)]
@@ -308,6 +318,14 @@ def test_a_promise_that_the_reward_does_not_know_is_refused(slo: Slo) -> None:
     env = ServingEnv(lambda rng: SMALL(rng)._replace(slo=slo))
     with pytest.raises(ValueError, match="tbt"):
         env.reset(seed=0)
+
+
+def test_a_limit_needs_a_step_time_model_and_other_forms_are_unknown() -> None:
+    unknown: Any = "speed"
+    for form, source, message in (("limit", random_scenario, "step-time model"), (unknown, SMALL, "knobs, limit")):
+        with pytest.raises(ValueError, match=message):
+            for seed in range(10):
+                ServingVectorEnv(source, 1, form=form).reset(seed=seed)
 
 
 @pytest.mark.parametrize("wrong", [{"frame_skip": 0}, {"until_s": 0.0}, {"max_steps": -1}])
