@@ -51,14 +51,14 @@ law would do without its account of late tokens:
 """
 
 import math
-from collections import deque
+from struct import Struct
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.protocol import Bounds, Completion, Telemetry
-from envs.features import FEATURES, IN_FLIGHT, Float32Array, Promise, knobs_of
+from envs.features import FEATURES, IN_FLIGHT, Done, Float32Array, Message, Promise, knobs_of
 from envs.outlook import list_prompts
 from envs.slo import Slo
 from envs.watch import Watch, knobs, observe
@@ -74,6 +74,7 @@ CODEC_VERSION = 2
 Form = Literal["knobs", "limit"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
+DONE, MESSAGE = (Struct(f"{len(layout._fields)}d") for layout in (Done, Message))
 N_FEATURES = len(FEATURES)
 N_ACTIONS = 2
 
@@ -118,62 +119,65 @@ class Codec:
     """
 
     def __init__(self, slo: Slo, step_time: "StepTimeModel | None" = None, form: Form = "knobs") -> None:
-        self._promise, self._fills = Promise.of(slo), fills(form, step_time)
-        self._watch = Watch.begin(step_time)
-        self._message = self._watch.message.view(np.float64)
-        self._done = self._watch.done.view(np.float64).reshape(len(self._watch.done), -1)
-        self._observation = np.zeros(N_FEATURES, np.float32)
-        self._sent: deque[tuple[int, int]] | None = None  # knobs of the iterations in between
+        self.promise, self.fills = Promise.of(slo), fills(form, step_time)
+        self.watch = Watch.begin(step_time)
+        self.under_way = np.zeros((0, 2), np.int64)  # knobs of the iterations before the one that an answer acts on
+        self.observation = np.zeros(N_FEATURES, np.float32)
         self._idle = False
 
     def observe(self, telemetry: Telemetry) -> Float32Array:
         """The observation [features] at this message. Give it every message of the engine once, in order."""
-        batch, queue, bounds, in_force = telemetry.batch, telemetry.queue, telemetry.bounds, telemetry.knobs
-        completed = telemetry.completed[-IN_FLIGHT:]
-        for i, completion in enumerate(completed):
-            self._done[i] = self._numbers(completion)
-        self._message[:] = (
-            telemetry.iteration,
-            *batch.load,
-            *(queue.running_requests, queue.waiting_requests, queue.waiting_prompt_tokens, queue.oldest_wait_s),
-            *(queue.head_remaining_tokens, queue.head_context_tokens, telemetry.kv_usage, telemetry.preemptions),
-            *(telemetry.dead_time_iterations, in_force.budget_tokens, in_force.chunk_tokens),
-            *(bounds.min_budget_tokens, bounds.max_budget_tokens, bounds.tile_tokens),
-            list_prompts(self._watch.prompts, queue, batch),
-        )
-        observe(self._watch, self._promise, len(completed), self._observation)
-        ahead, self._idle = telemetry.dead_time_iterations - 1, batch.total_tokens == 0
-        if self._sent is None or self._sent.maxlen != ahead:
-            self._sent = deque([(in_force.budget_tokens, in_force.chunk_tokens)] * ahead, ahead)
-        return self._observation.copy()
+        observe(self.watch, self.promise, self.take(telemetry), self.observation)
+        return self.observation.copy()
 
     def knobs(self, action: NDArray[np.floating]) -> tuple[int, int]:
         """(budget, chunk) in tokens of an action [2], in answer to the message that was observed last; ask once.
 
         Raises ValueError on NaN.
         """
-        assert self._sent is not None, "observe first"
-        under_way = np.array(self._sent, np.int64) if self._sent else NOTHING_UNDER_WAY
-        answer = knobs(self._watch, self._promise, under_way, self._fills, *within(action))
-        # Where nothing runs, the answer is there long before the next iteration.
-        self._sent.extend([answer] * (len(self._sent) if self._idle else 1))
+        return self.gave(knobs(self.watch, self.promise, self.under_way, self.fills, *within(action)))
+
+    def take(self, telemetry: Telemetry) -> int:
+        """Write the message to `watch`, for `envs.watch.observe`; returns how many completions it tells of."""
+        batch, queue, bounds, in_force = telemetry.batch, telemetry.queue, telemetry.bounds, telemetry.knobs
+        completed = telemetry.completed[-IN_FLIGHT:]
+        for i, completion in enumerate(completed):
+            DONE.pack_into(self.watch.done, i * DONE.size, *self._numbers(completion))
+        MESSAGE.pack_into(
+            self.watch.message,
+            0,
+            telemetry.iteration,
+            *batch.load,
+            *(queue.running_requests, queue.waiting_requests, queue.waiting_prompt_tokens, queue.oldest_wait_s),
+            *(queue.head_remaining_tokens, queue.head_context_tokens, telemetry.kv_usage, telemetry.preemptions),
+            *(telemetry.dead_time_iterations, in_force.budget_tokens, in_force.chunk_tokens),
+            *(bounds.min_budget_tokens, bounds.max_budget_tokens, bounds.tile_tokens),
+            list_prompts(self.watch.prompts, queue, batch),
+        )
+        ahead, self._idle = telemetry.dead_time_iterations - 1, batch.total_tokens == 0
+        if len(self.under_way) != ahead:
+            self.under_way = np.full((ahead, 2), (in_force.budget_tokens, in_force.chunk_tokens), np.int64)
+        return len(completed)
+
+    def gave(self, answer: tuple[int, int]) -> tuple[int, int]:
+        """These knobs answer the message that was taken last; returns them."""
+        if len(self.under_way):
+            self.under_way[:-1] = self.under_way[1:]
+            # Where nothing runs, the answer is there long before the next iteration.
+            self.under_way[0 if self._idle else -1 :] = answer
         return answer
 
     def track(self, budget_tokens: int, chunk_tokens: int) -> None:
         """These were sent, instead of the knobs that were given last."""
-        if self._sent:
-            self._sent[-1] = budget_tokens, chunk_tokens
+        self.under_way[-1:] = budget_tokens, chunk_tokens
 
     def _numbers(self, completion: Completion) -> tuple[float, ...]:
         """A `Done`."""
-        gaps, firsts, stages, tbt_s = completion.tbt_s, completion.ttft_s, completion.stages, self._promise.tbt_s
-        longest_s = max(gaps, default=0.0)
+        gaps, firsts, stages, tbt_s = completion.tbt_s, completion.ttft_s, completion.stages, self.promise.tbt_s
+        longest_s = max(gaps) if gaps else 0.0
         late = sum(gap > tbt_s for gap in gaps) if longest_s > tbt_s else 0
-        busiest_s = max(stage.busy_s for stage in stages) if stages else completion.device_s
+        busiest_s = max([stage.busy_s for stage in stages]) if stages else completion.device_s
         return (
             *(completion.iteration, len(gaps), late, longest_s, gaps[0] if gaps else 0.0),
-            *(len(firsts), max(firsts, default=0.0), max(len(stages), 1), completion.device_s, busiest_s),
+            *(len(firsts), max(firsts) if firsts else 0.0, max(len(stages), 1), completion.device_s, busiest_s),
         )
-
-
-NOTHING_UNDER_WAY = np.zeros((0, 2), np.int64)

@@ -4,6 +4,7 @@ The arithmetic is compiled: learned laws are trained on it, lane by lane, and al
 """
 
 from collections.abc import Sequence
+from struct import Struct
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,9 @@ FloatArray = NDArray[np.float64]
 
 REMAINING, START, CHUNK = 0, 1, 2
 """Rows of the prompts, float64 [3, MOST_PROMPTS]: tokens left, their context, and what the batch computes of them."""
+
+NO_CHUNKS = (0,) * MOST_PROMPTS
+NUMBERS = [Struct(f"{n}d") for n in range(MOST_PROMPTS + 1)]
 
 
 class Outlook(NamedTuple):
@@ -73,13 +77,12 @@ def foresee(telemetry: Telemetry, under_way: Sequence[tuple[int, int]] = ()) -> 
 
 def list_prompts(prompts: FloatArray, queue: QueueState, batch: BatchComposition) -> int:
     """Write to `prompts` what telemetry tells of them; returns how many those are."""
-    n = min(len(queue.prompt_remaining_tokens), len(queue.prompt_context_tokens), MOST_PROMPTS)
-    if n:
-        prompts[REMAINING, :n] = queue.prompt_remaining_tokens[:n]
-        prompts[START, :n] = queue.prompt_context_tokens[:n]
-        chunks = batch.prefill_chunk_tokens[:n]
-        prompts[CHUNK, :n] = 0.0
-        prompts[CHUNK, : len(chunks)] = chunks
+    remaining, context = queue.prompt_remaining_tokens[:MOST_PROMPTS], queue.prompt_context_tokens[:MOST_PROMPTS]
+    n = min(len(remaining), len(context))
+    chunks = (*batch.prefill_chunk_tokens, *NO_CHUNKS)[:MOST_PROMPTS]
+    # Several times as fast as numpy's own assignment, which looks at each number's type.
+    for row, tokens in ((REMAINING, remaining), (START, context), (CHUNK, chunks)):
+        NUMBERS[len(tokens)].pack_into(prompts, row * prompts.strides[0], *tokens)
     return n
 
 

@@ -14,6 +14,7 @@ from policies.pid import Pid
 from policies.policy import Policy
 from policies.predictive import Predictive
 from policies.qoserve import QoServe
+from policies.rl import Rl
 from policies.static import Static
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ LAWS: dict[str, Callable[..., Policy]] = {
     "pid": Pid,
     "aimd": Aimd,
     "predictive": Predictive,
+    "rl": Rl,
     "qoserve": QoServe,
     "ppas": PPas,
     "trtllm": TrtllmTuner,
@@ -35,8 +37,9 @@ LAWS: dict[str, Callable[..., Policy]] = {
 """A law's constructor names what it needs besides the first telemetry: `slo`, or of it `tbt_slo_s`, `ttft_slo_s`,
 `quantile`; `step_time`.
 
-It may have RANGES: the parameters that can be set here, each with its lowest and highest value. A peer's law that knows
-an SLO is AS_PUBLISHED: Guard's slew limit and lock-in watch would make another law of it.
+It may have RANGES: the parameters that can be set here, each with its lowest and highest value; and FILES: those that
+name something to load, each with what loads it, by a default name if none is given. A peer's law that knows an SLO is
+AS_PUBLISHED: Guard's slew limit and lock-in watch would make another law of it.
 """
 
 _REMEDIES = {
@@ -70,7 +73,7 @@ def parse_law(spec: str, slo: Slo | None = None, step_time: "StepTimeModel | Non
     if name not in LAWS:
         raise ValueError(f"unknown policy {name!r}: choose from {', '.join(LAWS)}")
     make = LAWS[name]
-    arguments = _parse_values(name, text, getattr(make, "RANGES", {}))
+    arguments = _parse_values(name, text, getattr(make, "RANGES", {}), getattr(make, "FILES", {}))
     had = {
         "slo": slo,
         "tbt_slo_s": slo.pace_s if slo else None,
@@ -90,12 +93,18 @@ def parse_law(spec: str, slo: Slo | None = None, step_time: "StepTimeModel | Non
     return Law(spec, watched, lambda first: make(first, **arguments))
 
 
-def _parse_values(name: str, text: str, ranges: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+def _parse_values(
+    name: str, text: str, ranges: Mapping[str, tuple[float, float]], files: Mapping[str, Callable[..., Any]]
+) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for item in filter(None, text.split(",")):
         key, _, value = item.partition("=")
+        if key in files:
+            values[key] = files[key](value)
+            continue
         if key not in ranges:
-            raise ValueError(f"policy {name!r} has no parameter {key!r}: it has {', '.join(ranges) or 'none'}")
+            known = ", ".join((*ranges, *files)) or "none"
+            raise ValueError(f"policy {name!r} has no parameter {key!r}: it has {known}")
         low, high = ranges[key]
         kind = type(low)
         try:
@@ -104,4 +113,4 @@ def _parse_values(name: str, text: str, ranges: Mapping[str, tuple[float, float]
             raise ValueError(f"policy {name!r}: {key}={value!r} is not of type {kind.__name__}") from None
         if not low <= values[key] <= high:
             raise ValueError(f"policy {name!r}: {key}={value} is outside {low} to {high}")
-    return values
+    return {key: load() for key, load in files.items() if key not in values} | values
