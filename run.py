@@ -53,6 +53,7 @@ def _parser() -> Parser:
         ("compare", _compare, "compare policies on the same requests, in simulation", (_comparison,)),
         ("profile", _profile, "measure how long an engine's steps take, and fit a step-time model", (_profiling,)),
         ("tune", _tune, "search knobs and law parameters for a machine, a workload and a promise", (_sockets, _tuning)),
+        ("train", _train, "train a law on traces, for a machine and a promise, and score it", (_training,)),
         ("doctor", _doctor, "say which devices and attention backends this machine has", ()),
         ("demo", _demo, "compare static and adaptive budgets on a real engine, here and now", (_demonstration,)),
     ):
@@ -99,21 +100,9 @@ def _recording(parser: Parser) -> None:
 
 
 def _load(parser: Parser) -> None:
-    from envs.trace import ARRIVALS_HELP, LENGTHS_HELP  # noqa: PLC0415
+    from profiles.bench_flags import add_flags  # noqa: PLC0415
 
-    add = parser.add_argument
-    add("--base-url", default="http://127.0.0.1:8000")
-    add("--model", help="default: the first of /v1/models")
-    add("--arrivals", default="poisson:1", help=ARRIVALS_HELP)
-    add("--lengths", default="uniform:64-512,16-64", help=LENGTHS_HELP)
-    add("--num-prompts", type=int, help="number of requests, where the arrivals do not fix it")
-    add("--max-model-len", type=int, help="leave out requests longer than this")
-    add("--text", action="store_true", help="send words, for endpoints that refuse token ids (lengths are approximate)")
-    add("--goodput", metavar="SLO", help='in milliseconds, as in "ttft:2000 tbt:100"; also tpot, deadline, e2el')
-    add("--grace", type=float, default=60.0, help="seconds after the last arrival until the rest counts as unfinished")
-    add("--seed", type=int, default=0)
-    add("--save-result", type=Path, metavar="FILE", help="write the figures as JSON, in vllm bench serve's keys")
-    add("--save-detailed", action="store_true", help="with every request's latencies")
+    add_flags(parser)
 
 
 def _comparison(parser: Parser) -> None:
@@ -130,6 +119,12 @@ def _profiling(parser: Parser) -> None:
 
 def _tuning(parser: Parser) -> None:
     from profiles.tune_flags import add_flags  # noqa: PLC0415
+
+    add_flags(parser)
+
+
+def _training(parser: Parser) -> None:
+    from profiles.training_flags import add_flags  # noqa: PLC0415
 
     add_flags(parser)
 
@@ -192,24 +187,9 @@ def _record(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    import numpy as np  # noqa: PLC0415
+    from profiles.bench import run_asked  # noqa: PLC0415
 
-    from envs.slo import Slo  # noqa: PLC0415
-    from envs.trace import make_workload  # noqa: PLC0415
-    from profiles.bench import run_bench  # noqa: PLC0415
-
-    rng = np.random.default_rng(args.seed)
-    return run_bench(
-        make_workload(args.arrivals, args.lengths, rng, args.num_prompts, args.max_model_len),
-        args.base_url,
-        model=args.model,
-        prompts="text" if args.text else "ids",
-        slo=Slo.parse(args.goodput) if args.goodput else None,
-        grace_s=args.grace,
-        seed=args.seed,
-        save_result=args.save_result,
-        save_detailed=args.save_detailed,
-    )
+    return run_asked(args)
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -233,6 +213,12 @@ def _tune(args: argparse.Namespace) -> int:
     from profiles.tune import run_asked  # noqa: PLC0415
 
     return run_asked(args, time.monotonic_ns, date)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from profiles.training import run_asked  # noqa: PLC0415
+
+    return run_asked(args, time.monotonic_ns, time.strftime("%Y-%m-%d %H:%M"))
 
 
 def _doctor(args: argparse.Namespace) -> int:

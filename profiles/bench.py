@@ -1,16 +1,16 @@
 """`pacer bench`: replay a workload with progress on screen, print the figures, store them."""
 
+import argparse
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from envs.slo import Slo
-from envs.trace import Workload
+from envs.trace import make_workload
 from profiles.bench_report import format_console, summarise, write_json
 from profiles.load import LoadResult, PromptKind, replay
 from profiles.load import Progress as Report
@@ -25,29 +25,22 @@ def progress_bar(label: str) -> Iterator[Report]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def run_bench(
-    workload: Workload,
-    base_url: str,
-    *,
-    model: str | None,
-    prompts: PromptKind,
-    slo: Slo | None,
-    grace_s: float,
-    seed: int,
-    save_result: Path | None,
-    save_detailed: bool,
-) -> int:
+def run_asked(args: argparse.Namespace) -> int:
     """Replay and report; returns the exit status: 1 if any request failed or did not finish, 130 if interrupted."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(args.seed)
+    workload = make_workload(args.arrivals, args.lengths, rng, args.num_prompts, args.max_model_len)
+    slo = Slo.parse(args.goodput) if args.goodput else None
+    prompts: PromptKind = "text" if args.text else "ids"
+    rng = np.random.default_rng(args.seed)
     with progress_bar("requests ended") as report:
         result: LoadResult = asyncio.run(
-            replay(workload, base_url, rng, model=model, prompts=prompts, grace_s=grace_s, progress=report)
+            replay(workload, args.base_url, rng, model=args.model, prompts=prompts, grace_s=args.grace, progress=report)
         )
     summary = summarise(result, slo)
     print(format_console(summary))
-    if save_result is not None:
-        save_result.parent.mkdir(parents=True, exist_ok=True)
-        write_json(save_result, summary, save_detailed)
+    if args.save_result is not None:
+        args.save_result.parent.mkdir(parents=True, exist_ok=True)
+        write_json(args.save_result, summary, args.save_detailed)
     if result.interrupted:
         return 130
     return int(summary["failed"] + summary["unfinished"] > 0)

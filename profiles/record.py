@@ -4,7 +4,8 @@ It subscribes beside any controller and sends nothing. Time is the engine's own:
 from the first message heard. The folder then holds
 
     requests.csv          arrival_s,prompt_tokens,output_tokens of the requests that came and ended meanwhile
-    iterations.parquet/   a Parquet data set of part files, columns as in `profiles.iterations`
+    iterations.parquet/   a Parquet data set of part files, columns as in `profiles.iterations`; their metadata has the
+                          engine's bounds, as JSON
 
 The requests are in order of arrival; where the recording was killed, in that of their ends, which serves as well.
 """
@@ -33,6 +34,7 @@ TICK_S = 0.5  # how often signals are looked after when no telemetry comes
 SILENCE_S = 60.0  # an idle engine speaks several times within that: this one is gone
 ROWS_A_PART = 5000
 PART_NS = 60_000_000_000
+BOUNDS = "bounds"
 HEADER = f"{','.join(CSV_HEADER)}\n"
 
 
@@ -52,7 +54,7 @@ class Recording:
         self.open_requests = 0  # in the engine at the last message
         self._folder = folder
         self._start_ns = self._last_ns = self._flushed_ns = 0
-        self._joined = IterationRows()
+        self._joined, self._schema = IterationRows(), SCHEMA
         self._iteration_rows: list[dict[str, Any]] = []
         self._request_rows: list[tuple[float, int, int]] = []
         self._streaming: set[int] = set()  # slots of the requests that have a first token and no end
@@ -81,6 +83,7 @@ class Recording:
             self.engine_id = telemetry.engine_id
             self._start_ns = self._flushed_ns = telemetry.scheduled_ns
             self._joined = IterationRows(self._start_ns)
+            self._schema = SCHEMA.with_metadata({BOUNDS: msgspec.json.encode(telemetry.bounds)})
         self._last_ns = telemetry.scheduled_ns
         self._take_requests(telemetry)
         for row in self._joined.add(msgspec.to_builtins(telemetry)):
@@ -137,7 +140,7 @@ class Recording:
             self._iterations.mkdir(exist_ok=True)
             part = self._iterations / f"part-{self._parts:05d}.parquet"
             partial = part.with_name(f".{part.stem}.partial")  # a part is complete when it appears
-            pq.write_table(pa.Table.from_pylist(self._iteration_rows, schema=SCHEMA), partial)
+            pq.write_table(pa.Table.from_pylist(self._iteration_rows, schema=self._schema), partial)
             partial.rename(part)
             self._iteration_rows.clear()
             self._parts += 1

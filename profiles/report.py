@@ -119,7 +119,7 @@ def broken_figures(row: Row, slo: Slo) -> set[str]:
     return broken | ({"tokens_on_time"} if means.get("tokens_on_time", 1.0) < slo.quantile else set())
 
 
-def _figure(x: str, y: str) -> go.Figure:
+def plain_figure(x: str, y: str) -> go.Figure:
     axis = {"gridcolor": GRID_LINE, "zerolinecolor": GRID_LINE, "linecolor": INK, "ticks": "outside"}
     figure = go.Figure()
     figure.update_layout(
@@ -136,7 +136,7 @@ def _figure(x: str, y: str) -> go.Figure:
 
 
 def _capacity(comparison: Comparison) -> go.Figure:
-    figure = _figure("req/s", "")
+    figure = plain_figure("req/s", "")
     figure.update_yaxes(autorange="reversed", showticklabels=False)
     for contender, colour in colours(comparison).items():
         capacity = comparison.capacity(contender)
@@ -161,7 +161,7 @@ def _capacity(comparison: Comparison) -> go.Figure:
 
 
 def _goodput(comparison: Comparison) -> go.Figure:
-    figure = _figure("offered rate (req/s)", "goodput (req/s)")
+    figure = plain_figure("offered rate (req/s)", "goodput (req/s)")
     rows = sorted(comparison.rows(), key=lambda row: comparison.contenders.index(row.contender))
     for contender, group in groupby(rows, lambda row: row.contender):
         points = list(group)
@@ -192,7 +192,7 @@ def _ttft(comparison: Comparison) -> go.Figure:
 def _longer_than(
     comparison: Comparison, counts_name: str, title: str, factor: float, bound_s: float | None, quantile: float
 ) -> go.Figure:
-    figure = _figure(title, "share longer than x")
+    figure = plain_figure(title, "share longer than x")
     figure.update_xaxes(type="log")
     figure.update_yaxes(type="log", tickformat="~%", range=[-4, 0.05])
     for rate in comparison.rates:
@@ -212,7 +212,7 @@ def _longer_than(
 
 
 def _budget(comparison: Comparison) -> go.Figure:
-    figure = _figure("time (s)", "token budget")
+    figure = plain_figure("time (s)", "token budget")
     figure.update_yaxes(type="log", dtick=np.log10(2))
     for rate in comparison.rates:
         for contender in comparison.contenders:

@@ -15,7 +15,7 @@ def pacer(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("verb", ["serve", "control", "launch", "bench", "demo"])
+@pytest.mark.parametrize("verb", ["serve", "control", "launch", "bench", "train", "demo"])
 def test_every_verb_has_help(verb: str) -> None:
     answer = pacer(verb, "--help")
     assert answer.returncode == 0
