@@ -21,7 +21,7 @@ from envs.slo import Slo
 from envs.step_time import StepTimeModel
 from envs.trace import Lengths, Workload, make_workload, read_csv
 from envs.workload import FloatArray, IntArray
-from profiles.capacity import Load
+from profiles.capacity import Load, rough_capacity
 
 CONVERSATION, LONG_PROMPTS = "azure conv", "mooncake conv"
 ALTERNATING, DAY, FLASH_CROWD = "alternating", "day", "flash crowd"
@@ -98,22 +98,34 @@ class Shifting:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all laws are judged on: the plant's noise, and public traces (a folder) or this repository's presets."""
+    """What all laws are judged on: the plant's noise, and public traces (a folder) or this repository's presets.
+
+    The plant's step time is the design's or, with a `profile`, that of another machine with its own noise.
+    """
 
     traces: Path | None = None
     quick: bool = False
     noise: float = NOISE
+    profile: Path | None = None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Setting":
         return cls(args.traces, args.quick, args.noise)
 
     def step_time(self) -> StepTimeModel:
+        if self.profile is not None:
+            return StepTimeModel.load(self.profile)
         return StepTimeModel.from_formula(DECODE_ONLY_S, MIXED_S).with_noise(self.noise)
 
     def plant(self, dead_time: int = 1) -> Plant:
         config = EngineConfig(max_requests=256, max_budget_tokens=8192, max_model_tokens=2**17, kv_blocks=880_000 // 16)
         return Plant(config, self.step_time(), dead_time, reserve_output=True)
+
+    def guess(self, cell: Cell) -> float:
+        """A capacity to begin a search from."""
+        if cell.shifting or self.profile is None:
+            return cell.guess
+        return rough_capacity(self.plant(), self.load(cell, 0, {}).at_rate(1.0))
 
     def load(self, cell: Cell, seed: int, capacities: Mapping[Cell, float]) -> Load:
         """The cell's requests. One that shifts needs the `capacities` (req/s) of what it is made of, for its rate 1."""

@@ -15,9 +15,9 @@ from envs.simulator import Decide, Plant, Simulation
 from envs.slo import Slo
 from envs.state import LOG_COLUMNS
 from envs.step_time import StepTimeModel
-from policies.catalogue import parse_law
+from policies.catalogue import Law, parse_law
 from policies.guard import Guard
-from policies.policy import Decision
+from policies.policy import Decision, Policy
 from profiles.capacity import Load, Trial, is_hopeless, largest_rate, meets, play_law
 
 WINDOW_S, STEP_S = 10.0, 0.5  # "the SLO is kept" is asked of every 10 s, from every half second on
@@ -47,20 +47,22 @@ class Case(NamedTuple):
 
 
 class DisturbedTrial(NamedTuple):
-    """One law in one case on the requests of one seed."""
+    """One law in one case on the requests of one seed, under Guard or without."""
 
     case: Case
     load: Load
     slo: Slo
     seed: int
     policy: str
+    guarded: bool = True
 
     def key(self) -> str:
         plain = Trial(self.case.plant, self.load, self.slo, self.seed, self.policy)
         told = [self.case.told, *(change.told or self.case.told for change in self.case.changes)]
         digest = hashlib.sha256(msgspec.json.encode([profile.description for profile in told]))
         changes = [(change.at, change.slowdown, change.told is not None) for change in self.case.changes]
-        return f"{trial_key(plain)} {changes} {digest.hexdigest()[:16]}"
+        bare = "" if self.guarded else " without Guard"
+        return f"{trial_key(plain)} {changes} {digest.hexdigest()[:16]}{bare}"
 
     def meets_slo(self, rate: float) -> bool:
         simulation, decide = self._begin(rate)
@@ -86,20 +88,32 @@ class DisturbedTrial(NamedTuple):
     def _decide(self, simulation: Simulation) -> Decide:
         end_s = float(simulation.workload.arrival_s[-1])
         to_come = sorted(self.case.changes, reverse=True, key=lambda change: change.at)
-        guard = self._guard(self.case.told)
+        law = self._law(self.case.told)
 
         def decide(telemetry: Telemetry, now_ns: int) -> Decision | None:
-            nonlocal guard
+            nonlocal law
             while to_come and simulation.now_s >= to_come[-1].at * end_s:
                 change = to_come.pop()
                 simulation.slowdown = change.slowdown
-                guard = self._guard(change.told) if change.told is not None else guard
-            return guard.decide(telemetry, now_ns)
+                law = self._law(change.told) if change.told is not None else law
+            return law.decide(telemetry, now_ns)
 
         return decide
 
-    def _guard(self, told: StepTimeModel) -> Guard:
-        return Guard(parse_law(self.policy, self.slo, told))
+    def _law(self, told: StepTimeModel) -> "Guard | Bare":
+        return (Guard if self.guarded else Bare)(parse_law(self.policy, self.slo, told))
+
+
+class Bare:
+    """A law without Guard: what it says is what the plant does, so it must keep to the bounds by itself."""
+
+    def __init__(self, law: Law) -> None:
+        self._make = law.make
+        self._policy: Policy | None = None
+
+    def decide(self, telemetry: Telemetry, now_ns: int) -> Decision:
+        self._policy = self._policy or self._make(telemetry)
+        return self._policy.decide(telemetry)
 
 
 class DisturbedSearch(NamedTuple):

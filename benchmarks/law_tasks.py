@@ -18,6 +18,7 @@ import policies
 from benchmarks.tasks import Result
 from envs.outcome import FloatArray, Outcome
 from policies.catalogue import LAWS
+from policies.rl import Trained
 from profiles.capacity import Trial, meets
 
 TOLERANCE = 0.01
@@ -110,7 +111,11 @@ def trial_key(trial: Trial) -> str:
     for values in (unit.arrival_s, unit.prompt_tokens, unit.output_tokens):
         digest.update(values.tobytes())
     digest.update(msgspec.json.encode(plant.step_time.description))
-    return f"{trial.policy} {trial.seed} {digest.hexdigest()[:16]} {law_digest(trial.policy.partition(':')[0])}"
+    law, _, options = trial.policy.partition(":")
+    source = law_digest(law)
+    if law == "rl":
+        source += Trained.load(*filter(None, [options.removeprefix("name=")])).card.sha256[:8]
+    return f"{trial.policy} {trial.seed} {digest.hexdigest()[:16]} {source}"
 
 
 @cache

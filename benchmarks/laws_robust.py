@@ -99,7 +99,7 @@ def main() -> None:
     seeds = range(args.seed, args.seed + args.seeds)
     with worker_pool() as pool:
         done = Done(pool, args.out / "tasks.jsonl")
-        rows = {} if args.skip_table else table_of(done, setting, entries, seeds)
+        rows = {} if args.skip_table else table_of(done, setting, entries, seeds, not args.no_guard)
         days = {} if args.skip_soak else soak(done, setting, entries, seeds)
     console, goals = Console(width=150), []
     for entry in entries:
@@ -115,6 +115,7 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     flags = parser(__doc__, "laws-robust")
     flags.add_argument("--skip-soak", action="store_true", help="no day")
+    flags.add_argument("--no-guard", action="store_true", help="the table of the bare laws; none of theirs may raise")
     flags.add_argument("--skip-table", action="store_true", help="the day alone")
     return flags.parse_args()
 
@@ -162,18 +163,20 @@ def search_clairvoyant(done: Done, setting: Setting, cells: Sequence[Cell], seed
     return {cell: [next(results)["capacity"] for _ in seeds] for cell in cells}
 
 
-def table_of(done: Done, setting: Setting, entries: Sequence[Entry], seeds: range) -> dict[Entry, list[Row]]:
+def table_of(
+    done: Done, setting: Setting, entries: Sequence[Entry], seeds: range, guarded: bool
+) -> dict[Entry, list[Row]]:
     clairvoyant = search_clairvoyant(done, setting, CELLS, seeds)
-    return {entry: rows_of(done, setting, entry, seeds, clairvoyant) for entry in entries}
+    return {entry: rows_of(done, setting, entry, seeds, clairvoyant, guarded) for entry in entries}
 
 
 def rows_of(
-    done: Done, setting: Setting, entry: Entry, seeds: range, clairvoyant: dict[Cell, list[float]]
+    done: Done, setting: Setting, entry: Entry, seeds: range, clairvoyant: dict[Cell, list[float]], guarded: bool
 ) -> list[Row]:
     each = list(product(disturbances(setting, entry.dead_time), CELLS, seeds))
 
     def trial(case: Case, cell: Cell, seed: int) -> DisturbedTrial:
-        return DisturbedTrial(case, setting.load(cell, seed, {}), cell.slo, seed, entry.policy)
+        return DisturbedTrial(case, setting.load(cell, seed, {}), cell.slo, seed, entry.policy, guarded)
 
     def searched(trials: Sequence[DisturbedTrial], guesses: Sequence[float], what: str) -> list[float]:
         tasks = [DisturbedSearch(*search) for search in zip(trials, guesses, strict=True)]

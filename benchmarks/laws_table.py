@@ -115,7 +115,8 @@ class Referee:
 
     def _search_clairvoyant(self, cells: Sequence[Cell]) -> None:
         seeds = self._contest.seeds
-        tasks = [Search(self._trial(cell, seed, CLAIRVOYANT), cell.guess) for cell, seed in product(cells, seeds)]
+        guesses = {cell: self._contest.setting.guess(cell) for cell in cells}
+        tasks = [Search(self._trial(cell, seed, CLAIRVOYANT), guesses[cell]) for cell, seed in product(cells, seeds)]
         results = iter(self._done.do(tasks, "clairvoyant"))
         self._clairvoyant |= {cell: [next(results)["capacity"] for _ in seeds] for cell in cells}
 
