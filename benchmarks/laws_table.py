@@ -90,10 +90,10 @@ class Referee:
 
     def standings(self) -> list[Standing]:
         contest = self._contest
-        steady = set(contest.cells)
+        steady = {cell for cell in contest.cells if not cell.shifting}
         if any(cell.shifting for cell in contest.cells):  # their rates are set by these
             steady |= {Cell(name, SHIFTING_SLO_MS) for name in (CONVERSATION, LONG_PROMPTS)}
-        self._search_clairvoyant([cell for cell in STEADY_CELLS if cell in steady])
+        self._search_clairvoyant(sorted(steady))
         self._search_clairvoyant([cell for cell in contest.cells if cell.shifting])
         ladders = self._ladders()
         capacities = self._capacities()

@@ -142,9 +142,9 @@ class Codec:
         batch, queue, bounds, in_force = telemetry.batch, telemetry.queue, telemetry.bounds, telemetry.knobs
         completed = telemetry.completed[-IN_FLIGHT:]
         for i, completion in enumerate(completed):
-            DONE.pack_into(self.watch.done, i * DONE.size, *self._numbers(completion))
+            DONE.pack_into(self.watch.done.data, i * DONE.size, *self._numbers(completion))
         MESSAGE.pack_into(
-            self.watch.message,
+            self.watch.message.data,
             0,
             telemetry.iteration,
             *batch.load,

@@ -44,7 +44,8 @@ def profile_deviations(step_time: StepTimeModel | None) -> FloatArray:
     """Of decode-only and mixed iterations' time / mean, float64 [2]."""
     if step_time is None:
         return np.full(2, LEAST_NOISE)
-    return np.maximum(np.std(step_time.residuals, axis=1), LEAST_NOISE)
+    deviations: FloatArray = np.maximum(np.std(step_time.residuals, axis=1), LEAST_NOISE)
+    return deviations
 
 
 class MachineSpeed:
@@ -69,7 +70,7 @@ class MachineSpeed:
         """An iteration took `seconds`; no number of seconds above 0 says nothing."""
         if not 0.0 < seconds < np.inf:
             return
-        follow(self._coefficients, self._estimate, *map(float, batch.load), seconds)
+        follow(self._coefficients, self._estimate, *(*map(float, batch.load), seconds))
 
     def predicted_s(self, batch: BatchComposition) -> float:
         """Mean seconds of an iteration, as the machine runs now."""

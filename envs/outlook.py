@@ -82,7 +82,7 @@ def list_prompts(prompts: FloatArray, queue: QueueState, batch: BatchComposition
     chunks = (*batch.prefill_chunk_tokens, *NO_CHUNKS)[:MOST_PROMPTS]
     # Several times as fast as numpy's own assignment, which looks at each number's type.
     for row, tokens in ((REMAINING, remaining), (START, context), (CHUNK, chunks)):
-        NUMBERS[len(tokens)].pack_into(prompts, row * prompts.strides[0], *tokens)
+        NUMBERS[len(tokens)].pack_into(prompts.data, row * prompts.strides[0], *tokens)
     return n
 
 

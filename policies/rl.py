@@ -86,7 +86,7 @@ class Trained:
     @classmethod
     def save(cls, path: Path, layers: tuple[Layer, ...], card: Card) -> "Trained":
         """Write both files, the card with the digest of the weights, and read them back. `path` ends in .npz."""
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for i, (weights, biases) in enumerate(layers):
             arrays |= {f"w{i}": weights, f"b{i}": biases}
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -71,8 +71,8 @@ class Scenarios:
 
     def _draw(self, rng: Generator) -> Scenario | None:
         """None if decodes alone would break the promise that was drawn."""
-        machine = self._machines[rng.integers(len(self._machines))]
-        kind = self._kinds[rng.integers(len(self._kinds))]
+        machine = self._machines[int(rng.integers(len(self._machines)))]
+        kind = self._kinds[int(rng.integers(len(self._kinds)))]
         asked_s = np.array((self._tbt_s, self._slo.ttft_s or DEFAULT_TTFT_S))
         tbt_s, ttft_s = (asked_s * PROMISES ** rng.uniform(-1, 1, 2)).tolist()
         rate = fluid_capacity(machine.truth, kind, tbt_s, self._config)

@@ -62,6 +62,8 @@ def run_asked(args: argparse.Namespace, clock: Callable[[], int], date: str) -> 
     except KeyboardInterrupt:
         console.print(f"Interrupted. What was learned is in {args.out}: the same command goes on.", soft_wrap=True)
         raise
+    if not lessons:
+        raise ValueError(f"--minutes {args.minutes} were over before anything was learned: give more")
     best = max(lessons, key=lambda lesson: max(point.checked for point in lesson.curve))
     learned, path, report = Trained.load(str(best.best)), args.out / f"{args.out.name}.npz", args.out / "report.html"
     told = {"when": date, **asked.provenance, **learned.card.provenance, "seeds": args.seeds, "versions": versions()}
@@ -166,7 +168,7 @@ def claim(out: Path, provenance: dict[str, Any]) -> None:
 
 
 def learn(args: argparse.Namespace, asked: Asked, clock: Callable[[], int]) -> "list[Lesson]":
-    """One lesson for each seed, each with an equal part of the time that is left."""
+    """The lessons that had time: one for each seed, each with an equal part of what is left."""
     try:
         from policies.train import Lesson, teach  # noqa: PLC0415  (stable-baselines3 is an extra)
     except ModuleNotFoundError as error:
@@ -183,16 +185,20 @@ def learn(args: argparse.Namespace, asked: Asked, clock: Callable[[], int]) -> "
             def show(steps: int, text: str, task: TaskID = task, seed: int = seed) -> None:
                 bar.update(task, completed=steps, description=f"seed {seed}: {text}")
 
-            end_ns = now_ns + 1e9 * (seconds - (now_ns - began_ns) * 1e-9) / (args.seeds - turn)
+            turn_s = (seconds - (now_ns - began_ns) * 1e-9) / (args.seeds - turn)
+
+            def left(turn_s: float = turn_s, since_ns: int = now_ns) -> float:
+                return turn_s - (clock() - since_ns) * 1e-9
+
             lesson = Lesson(
                 args.form,
                 Scenarios(model, config, taught, asked.slo, seed),
                 Scenarios(model, config, checked, asked.slo, CHECK_SEED),
                 *(args.steps, seed, args.out / f"seed-{seed}"),
             )
-            teach(lesson, lambda end_ns=end_ns: (end_ns - clock()) * 1e-9, show)
+            teach(lesson, left, show)
             lessons.append(lesson)
-    return lessons
+    return [lesson for lesson in lessons if lesson.curve]
 
 
 def capacities_of(trials: Sequence[Trial], processes: int | None) -> dict[str, list[float]]:
