@@ -72,10 +72,14 @@ class Episodes:
 def begin(source: Source, rng: Generator) -> tuple[Scenario, Simulation, Promise]:
     """A new episode. Raises ValueError if its SLO is not one that `envs.reward` knows."""
     scenario = Scenario(*source(rng))
-    slo = scenario.slo
+    check_known(scenario.slo)
+    return scenario, Simulation(scenario.plant, scenario.workload, int(rng.integers(2**31))), Promise.of(scenario.slo)
+
+
+def check_known(slo: Slo) -> None:
+    """Raises ValueError for a promise of more than `envs.reward` knows."""
     if (slo.tpot_s, slo.deadline_s, slo.e2el_s) != (None, None, None):
         raise ValueError(f"SLO {str(slo)!r}: the reward knows tbt, ttft and quantile; leave out the rest")
-    return scenario, Simulation(scenario.plant, scenario.workload, int(rng.integers(2**31))), Promise.of(slo)
 
 
 def outcome_info(simulation: Simulation, slo: Slo) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What a learned law is trained on: scenarios drawn far and wide around one machine, its workloads and its promise."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.random import Generator
@@ -9,7 +9,7 @@ from numpy.random import Generator
 from engine.config import EngineConfig
 from envs.arrivals import gamma_arrivals
 from envs.features import DEFAULT_TTFT_S
-from envs.serving_env import Scenario
+from envs.serving_env import Scenario, check_known
 from envs.simulator import Plant
 from envs.slo import Slo
 from envs.step_time import PARTS, StepTimeModel
@@ -20,7 +20,8 @@ BEND = 0.5  # deviation of the logarithm of each part of a machine's step time
 BLUNDER, PART_BLUNDER = 0.15, 0.25  # the same of what the controller's profile has wrong: of all, and of each part
 TRUTHFUL = 0.4  # of the profiles have nothing wrong
 MOST_NOISE, USUAL_NOISE = 0.1, 0.04
-MOST_DEAD_TIME = 3
+STAGES = (1, 1, 2, 4)  # of a pipeline, drawn evenly
+MOST_DEAD_TIME = 3  # and one more for each stage beyond the first
 PROMISES = 3.0  # so many times as long, or as short, as the one asked for: as if the machine were faster, or slower
 LOADS = (0.3, 1.25)  # of capacity
 BURSTS = 3.0  # largest coefficient of variation of the arrivals; one is Poisson
@@ -30,19 +31,22 @@ ROOM = 0.8  # of the promise is what decodes alone may take, and a fluid server 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """How long steps take, and how long the controller thinks they do."""
+    """How many pipeline stages there are, how long steps take on each, and how long the controller thinks they do."""
 
+    stages: int
     truth: StepTimeModel
     told: StepTimeModel
 
     @classmethod
     def draw(cls, profile: StepTimeModel, rng: Generator) -> "Machine":
-        noise = rng.uniform(0.0, MOST_NOISE)
-        truth = profile.bent(dict(zip(PARTS, np.exp(BEND * rng.standard_normal(len(PARTS))), strict=True)))
+        """`profile` is that of all layers on one device; stages share them evenly."""
+        noise, stages = rng.uniform(0.0, MOST_NOISE), int(rng.choice(STAGES))
+        truth = profile.scaled(1.0 / stages).bent(dict(zip(PARTS, np.exp(BEND * rng.standard_normal(len(PARTS))), strict=True)))
         if rng.random() < TRUTHFUL:
-            return cls(truth.with_noise(noise), truth.with_noise(noise))
+            return cls(stages, truth.with_noise(noise), truth.with_noise(noise))
         wrong = np.exp(BLUNDER * rng.standard_normal() + PART_BLUNDER * rng.standard_normal(len(PARTS)))
-        return cls(truth.with_noise(noise), truth.bent(dict(zip(PARTS, wrong, strict=True))).with_noise(USUAL_NOISE))
+        told = truth.bent(dict(zip(PARTS, wrong, strict=True)))
+        return cls(stages, truth.with_noise(noise), told.with_noise(USUAL_NOISE))
 
 
 class Scenarios:
@@ -50,7 +54,7 @@ class Scenarios:
 
     The load is drawn in shares of a fluid server's capacity, so that every kind of requests comes in underload and in
     overload; an episode has about as many iterations of each. Raises ValueError for a promise without a bound on TBT,
-    or one that nothing drawn can keep.
+    one of more than the reward knows, or one that nothing drawn can keep.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class Scenarios:
     ) -> None:
         if slo.tbt_s is None:
             raise ValueError(f"SLO {str(slo)!r} has no bound on TBT, which a law is trained to keep: add tbt:MS")
+        check_known(slo)
         rng = np.random.default_rng(seed)
         self._machines = [Machine.draw(profile, rng) for _ in range(MACHINES)]
         self._config, self._kinds, self._slo, self._tbt_s = config, kinds, slo, slo.tbt_s
@@ -75,14 +80,17 @@ class Scenarios:
         kind = self._kinds[int(rng.integers(len(self._kinds)))]
         asked_s = np.array((self._tbt_s, self._slo.ttft_s or DEFAULT_TTFT_S))
         tbt_s, ttft_s = (asked_s * PROMISES ** rng.uniform(-1, 1, 2)).tolist()
-        rate = fluid_capacity(machine.truth, kind, tbt_s, self._config)
+        look_ahead = self._config.look_ahead and machine.stages == 1
+        config = replace(self._config, pipeline_parallel=machine.stages, look_ahead=look_ahead)
+        rate = fluid_capacity(machine.truth, kind, tbt_s, config)
         if rate == 0.0:
             return None
-        n = int(np.clip(rate * ROOM * tbt_s * ITERATIONS, FEWEST, MOST))
+        n = int(np.clip(rate * ROOM * tbt_s / machine.stages * ITERATIONS, FEWEST, MOST))
         rows = rng.integers(len(kind), size=n)
         arrival_s = gamma_arrivals(rng, n, rate * rng.uniform(*LOADS), rng.uniform(1.0, BURSTS))
         workload = Workload(arrival_s, kind.prompt_tokens[rows], kind.output_tokens[rows])
-        plant = Plant(self._config, machine.truth, int(rng.integers(1, MOST_DEAD_TIME + 1)), bool(rng.integers(2)))
+        dead_time = int(rng.integers(1, MOST_DEAD_TIME + machine.stages))
+        plant = Plant(config, machine.truth, dead_time, bool(rng.integers(2)))
         return Scenario(plant, workload, Slo(tbt_s, ttft_s, quantile=self._slo.quantile), machine.told)
 
 
@@ -90,15 +98,16 @@ def fluid_capacity(machine: StepTimeModel, kind: Lengths, tbt_s: float, config: 
     """Requests per second that a server of mean batches carries, each within `ROOM` of the SLO; 0 if it carries none.
 
     At a rate r, batches of t seconds hold r t prompts, and of the r * output * t seconds' decodes one token each; as
-    many as there are seats, and room in the KV cache.
+    many as there are seats, and room in the KV cache. In a pipeline t is a stage's part of the SLO.
     """
+    stages = config.pipeline_parallel
     prompt, output = float(kind.prompt_tokens.mean()), float(kind.output_tokens.mean())
-    squares, t = float((kind.prompt_tokens.astype(np.float64) ** 2).mean()), ROOM * tbt_s
+    squares, t = float((kind.prompt_tokens.astype(np.float64) ** 2).mean()), ROOM * tbt_s / stages
     held = config.kv_blocks * config.block_tokens / (prompt + output)
-    low, high = 0.0, min(config.max_requests, held) / (output * t)
+    low, high = 0.0, min(config.max_requests, held) / (output * t * stages)
     for _ in range(20):
         rate = 0.5 * (low + high)
-        decodes, prompts = rate * output, rate * t
-        batch = (decodes * t, decodes * t * (prompt + 0.5 * output), prompts, prompts * prompt, 0.5 * prompts * squares)
+        decodes, prompts = rate * output * t, rate * t
+        batch = (decodes, decodes * (prompt + 0.5 * output), prompts, prompts * prompt, 0.5 * prompts * squares)
         low, high = (rate, high) if machine.mean_s(*batch) <= t else (low, rate)
     return low if low * t * ITERATIONS >= 1.0 else 0.0
