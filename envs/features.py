@@ -46,9 +46,11 @@ class Promise(NamedTuple):
 
     @classmethod
     def of(cls, slo: Slo) -> "Promise":
-        """Raises ValueError if the SLO has no bound on TBT."""
+        """Raises ValueError if the SLO has no bound on TBT, or one that is not among these numbers."""
         if slo.tbt_s is None:
             raise ValueError(f"SLO {str(slo)!r} has no bound on TBT, which knobs are set by: add tbt:MILLISECONDS")
+        if (slo.tpot_s, slo.deadline_s, slo.e2el_s) != (None, None, None):
+            raise ValueError(f"SLO {str(slo)!r}: learned laws know tbt, ttft and quantile; leave out the rest")
         late_share = max(1.0 - slo.quantile, 1e-3)
         z = NormalDist().inv_cdf(min(1.0 - late_share, 0.999)) if late_share < 1.0 else 0.0
         return cls(float(slo.tbt_s), float(slo.ttft_s or DEFAULT_TTFT_S), late_share, z)

@@ -70,16 +70,10 @@ class Episodes:
 
 
 def begin(source: Source, rng: Generator) -> tuple[Scenario, Simulation, Promise]:
-    """A new episode. Raises ValueError if its SLO is not one that `envs.reward` knows."""
+    """A new episode. Raises ValueError if its SLO is no `Promise`."""
     scenario = Scenario(*source(rng))
-    check_known(scenario.slo)
-    return scenario, Simulation(scenario.plant, scenario.workload, int(rng.integers(2**31))), Promise.of(scenario.slo)
-
-
-def check_known(slo: Slo) -> None:
-    """Raises ValueError for a promise of more than `envs.reward` knows."""
-    if (slo.tpot_s, slo.deadline_s, slo.e2el_s) != (None, None, None):
-        raise ValueError(f"SLO {str(slo)!r}: the reward knows tbt, ttft and quantile; leave out the rest")
+    promise = Promise.of(scenario.slo)
+    return scenario, Simulation(scenario.plant, scenario.workload, int(rng.integers(2**31))), promise
 
 
 def outcome_info(simulation: Simulation, slo: Slo) -> dict[str, float]:

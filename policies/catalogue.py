@@ -38,7 +38,8 @@ LAWS: dict[str, Callable[..., Policy]] = {
 `quantile`; `step_time`.
 
 It may have RANGES: the parameters that can be set here, each with its lowest and highest value; and FILES: those that
-name something to load, each with what loads it, by a default name if none is given. A peer's law that knows an SLO is
+name something to load, each with what loads it, by a default name if none is given; and `check`, which raises
+ValueError for an SLO that it cannot serve. A peer's law that knows an SLO is
 AS_PUBLISHED: Guard's slew limit and lock-in watch would make another law of it.
 """
 
@@ -66,8 +67,8 @@ class Law:
 def parse_law(spec: str, slo: Slo | None = None, step_time: "StepTimeModel | None" = None) -> Law:
     """The law that `spec` names, for this promise and on a machine of this step time.
 
-    Raises ValueError naming an unknown law or parameter, a value that is no number or out of range, or the flag that
-    would give what the law needs and does not have.
+    Raises ValueError naming an unknown law or parameter, a value that is no number or out of range, the flag that
+    would give what the law needs and does not have, or an SLO that it cannot serve.
     """
     name, _, text = spec.partition(":")
     if name not in LAWS:
@@ -88,6 +89,8 @@ def parse_law(spec: str, slo: Slo | None = None, step_time: "StepTimeModel | Non
             arguments[need] = had[need]
         elif parameter.default is parameter.empty:
             raise ValueError(f"policy {name!r} {_REMEDIES[need]}")
+    if slo and (check := getattr(make, "check", None)):
+        check(slo)
     promised = {"slo", "tbt_slo_s"} & arguments.keys() and not getattr(make, "AS_PUBLISHED", False)
     watched = slo.pace_s if slo and promised else None
     return Law(spec, watched, lambda first: make(first, **arguments))

@@ -46,9 +46,7 @@ class Predictive:
     RANGES: ClassVar = {"quantile": (0.5, 0.9999)}
 
     def __init__(self, first: Telemetry, slo: Slo, step_time: "StepTimeModel", quantile: float = 0.99) -> None:
-        """Raises ValueError for a promise that says nothing of the time between tokens."""
-        if slo.pace_s is None:
-            raise ValueError(f"predictive needs a bound on the time between tokens, {str(slo)!r} has none: add tbt:MS")
+        assert slo.pace_s is not None, "see check"
         self._pace_s, self._tbt_s = slo.pace_s, slo.tbt_s
         self._chooser = BatchChooser(step_time.coefficients, first.bounds.tile_tokens, first.bounds.max_budget_tokens)
         spared = 1.0 - (1.0 - SAVED) * (1.0 - quantile)
@@ -64,6 +62,12 @@ class Predictive:
         in_force = (first.knobs.budget_tokens, first.knobs.chunk_tokens)
         under_way = first.dead_time_iterations - 1
         self._sent = deque([in_force] * under_way, under_way)  # knobs of the iterations in between
+
+    @staticmethod
+    def check(slo: Slo) -> None:
+        """Raises ValueError for a promise that says nothing of the time between tokens."""
+        if slo.pace_s is None:
+            raise ValueError(f"predictive needs a bound on the time between tokens, {str(slo)!r} has none: add tbt:MS")
 
     def decide(self, telemetry: Telemetry) -> Decision:
         for iteration in self._log.completed(telemetry):

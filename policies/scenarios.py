@@ -8,8 +8,8 @@ from numpy.random import Generator
 
 from engine.config import EngineConfig
 from envs.arrivals import gamma_arrivals
-from envs.features import DEFAULT_TTFT_S
-from envs.serving_env import Scenario, check_known
+from envs.features import Promise
+from envs.serving_env import Scenario
 from envs.simulator import Plant
 from envs.slo import Slo
 from envs.step_time import PARTS, StepTimeModel
@@ -41,7 +41,9 @@ class Machine:
     def draw(cls, profile: StepTimeModel, rng: Generator) -> "Machine":
         """`profile` is that of all layers on one device; stages share them evenly."""
         noise, stages = rng.uniform(0.0, MOST_NOISE), int(rng.choice(STAGES))
-        truth = profile.scaled(1.0 / stages).bent(dict(zip(PARTS, np.exp(BEND * rng.standard_normal(len(PARTS))), strict=True)))
+        truth = profile.scaled(1.0 / stages).bent(
+            dict(zip(PARTS, np.exp(BEND * rng.standard_normal(len(PARTS))), strict=True))
+        )
         if rng.random() < TRUTHFUL:
             return cls(stages, truth.with_noise(noise), truth.with_noise(noise))
         wrong = np.exp(BLUNDER * rng.standard_normal() + PART_BLUNDER * rng.standard_normal(len(PARTS)))
@@ -53,19 +55,17 @@ class Scenarios:
     """Draws scenarios, as `envs.serving_env.Source`: of variants of one machine, kinds of requests and one promise.
 
     The load is drawn in shares of a fluid server's capacity, so that every kind of requests comes in underload and in
-    overload; an episode has about as many iterations of each. Raises ValueError for a promise without a bound on TBT,
-    one of more than the reward knows, or one that nothing drawn can keep.
+    overload; an episode has about as many iterations of each. Raises ValueError for an SLO that is no `Promise`, or
+    one that nothing drawn can keep.
     """
 
     def __init__(
         self, profile: StepTimeModel, config: EngineConfig, kinds: Sequence[Lengths], slo: Slo, seed: int
     ) -> None:
-        if slo.tbt_s is None:
-            raise ValueError(f"SLO {str(slo)!r} has no bound on TBT, which a law is trained to keep: add tbt:MS")
-        check_known(slo)
+        self._promise = Promise.of(slo)
         rng = np.random.default_rng(seed)
         self._machines = [Machine.draw(profile, rng) for _ in range(MACHINES)]
-        self._config, self._kinds, self._slo, self._tbt_s = config, kinds, slo, slo.tbt_s
+        self._config, self._kinds, self._slo = config, kinds, slo
         if not any(self._draw(rng) for _ in range(MACHINES)):
             raise ValueError(f"the promise {str(slo)!r} is too short for this machine: decodes alone take longer")
 
@@ -78,7 +78,7 @@ class Scenarios:
         """None if decodes alone would break the promise that was drawn."""
         machine = self._machines[int(rng.integers(len(self._machines)))]
         kind = self._kinds[int(rng.integers(len(self._kinds)))]
-        asked_s = np.array((self._tbt_s, self._slo.ttft_s or DEFAULT_TTFT_S))
+        asked_s = np.array((self._promise.tbt_s, self._promise.ttft_s))
         tbt_s, ttft_s = (asked_s * PROMISES ** rng.uniform(-1, 1, 2)).tolist()
         look_ahead = self._config.look_ahead and machine.stages == 1
         config = replace(self._config, pipeline_parallel=machine.stages, look_ahead=look_ahead)

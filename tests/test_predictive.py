@@ -257,4 +257,4 @@ def test_no_second_prompt_is_begun_beside_the_first_when_the_kv_cache_is_full() 
 
 def test_a_promise_that_says_nothing_of_gaps_is_refused() -> None:
     with pytest.raises(ValueError, match="'ttft:2000' has none: add tbt:MS"):
-        Predictive(telemetry(), Slo(ttft_s=2.0), MACHINE)
+        parse_law("predictive", Slo(ttft_s=2.0), MACHINE)
