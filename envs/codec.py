@@ -47,7 +47,8 @@ law would do without its account of late tokens:
 
     knobs    the budget, on that scale; the chunk, on a logarithmic scale from the least budget (-1) to the budget (1)
     limit    how long the next batch may take, on a logarithmic scale around the TBT SLO less a margin for its noise,
-             on the machine as it runs now; and how readily prompts share a batch. `BatchChooser` makes knobs of it
+             and for being in a pipeline, on the machine as it runs now; and how readily prompts share a batch.
+             `BatchChooser` makes knobs of it
 """
 
 import math
@@ -163,13 +164,13 @@ class Codec:
         """These knobs answer the message that was taken last; returns them."""
         if len(self.under_way):
             self.under_way[:-1] = self.under_way[1:]
-            # Where nothing runs, the answer is there long before the next iteration.
-            self.under_way[0 if self._idle else -1 :] = answer
+            self.track(*answer)
         return answer
 
     def track(self, budget_tokens: int, chunk_tokens: int) -> None:
         """These were sent, instead of the knobs that were given last."""
-        self.under_way[-1:] = budget_tokens, chunk_tokens
+        # Where nothing runs, the answer is there long before the next iteration.
+        self.under_way[0 if self._idle else -1 :] = budget_tokens, chunk_tokens
 
     def _numbers(self, completion: Completion) -> tuple[float, ...]:
         """A `Done`."""

@@ -33,6 +33,7 @@ from envs.step_mean import mean_step_s
 from envs.step_time import StepTimeModel
 
 LIMIT_REACH = 0.3  # logarithm of what an action at its end makes of the time limit
+PIPELINE = 0.3  # the same of what the limit is less in a pipeline: as predictive's debts make it at most
 SHARE_REACH = 1.5  # the same of what sharing a batch must gain
 
 NO_COEFFICIENTS = np.zeros(0)
@@ -110,7 +111,7 @@ def knobs(
     n, decodes, context = run_ahead(watch.ahead, int(now.listed), now.decodes, now.decode_context_tokens, under_way)
     limit_s = np.inf
     if decodes > 0.0 or stages > 1.0:  # in a pipeline other microbatches' decodes wait behind it
-        margin = promise.z * np.sqrt(machine.noise[1])
+        margin = promise.z * np.sqrt(machine.noise[1]) + (PIPELINE if stages > 1.0 else 0.0)
         limit_s = promise.tbt_s / stages * np.exp(LIMIT_REACH * first - margin)
     budget, chunk, _ = choose(
         (watch.coefficients, machine.factors),

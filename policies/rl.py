@@ -33,17 +33,28 @@ Layer = tuple[Float32Array, Float32Array]
 class Card(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What stands beside the weights, as JSON: what they are for, where they come from, and how good they are.
 
-    `sha256` is the digest of the .npz file. `provenance` holds digests of the step-time profile and of the traces, the
-    seeds and the versions; `scores` each law's figure on the validation workloads.
+    `stages`: of the longest pipeline that it was trained in. `sha256` is the digest of the .npz file and of all above
+    it here. `provenance` holds digests of the step-time profile and of the traces, the seeds and the versions;
+    `scores` each law's figure on the validation workloads.
     """
 
     codec_version: int
     features: tuple[str, ...]
     form: Form
+    stages: int
     sha256: str
     steps: int
     provenance: dict[str, Any] = {}
     scores: dict[str, float] = {}
+
+    def digest(self, weights: bytes) -> str:
+        """Of what decides, `weights` being the .npz file."""
+        decides = (self.codec_version, self.features, self.form, self.stages)
+        return hashlib.sha256(weights + msgspec.json.encode(decides)).hexdigest()
+
+
+class _Versioned(msgspec.Struct):
+    codec_version: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,16 +82,9 @@ class Trained:
             shipped = ", ".join(sorted(own.stem for own in FOLDER.glob("*.npz")))
             raise ValueError(f"there is no trained law {name!r}: choose from {shipped}, or name a .npz file")
         try:
-            card = msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Card)
-            layers = _layers(weights := path.read_bytes())
+            layers, card = _opened(path.read_bytes(), path.with_suffix(".json").read_bytes())
         except (OSError, LookupError, ValueError, msgspec.MsgspecError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} and its .json hold no trained law ({error}): {REMEDY}") from error
-        if card.codec_version != CODEC_VERSION or card.features != FEATURES:
-            raise ValueError(
-                f"{path} was trained under codec version {card.codec_version}, this is {CODEC_VERSION}: {REMEDY}"
-            )
-        if card.sha256 != hashlib.sha256(weights).hexdigest():
-            raise ValueError(f"{path} is not the file that its .json is about: {REMEDY}")
+            raise ValueError(f"{path} and its .json hold no law for this Pacer ({error}): {REMEDY}") from error
         return cls(path.stem, layers, card)
 
     @classmethod
@@ -89,17 +93,41 @@ class Trained:
         arrays: dict[str, Any] = {}
         for i, (weights, biases) in enumerate(layers):
             arrays |= {f"w{i}": weights, f"b{i}": biases}
+        np.savez(file := io.BytesIO(), **arrays)
+        card = msgspec.structs.replace(card, sha256=card.digest(file.getvalue()))
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **arrays)
-        card = msgspec.structs.replace(card, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-        path.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(card), indent=1) + b"\n")
+        write_whole(path, file.getvalue())
+        write_whole(path.with_suffix(".json"), msgspec.json.format(msgspec.json.encode(card), indent=1) + b"\n")
         return cls.load(str(path))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """All of it or, where that is cut short, nothing: what was there stays."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def _opened(weights: bytes, told: bytes) -> tuple[tuple[Layer, ...], Card]:
+    """The layers and the card of the two files. Raises ValueError, or what their formats raise."""
+    version = msgspec.json.decode(told, type=_Versioned).codec_version
+    if version != CODEC_VERSION:
+        raise ValueError(f"trained under codec version {version}, this is {CODEC_VERSION}")
+    card = msgspec.json.decode(told, type=Card)
+    if card.features != FEATURES:
+        raise ValueError("trained on other features, or in another order")
+    layers = _layers(weights)
+    if card.sha256 != card.digest(weights):
+        raise ValueError("the weights are not those that the .json is about, or it was changed")
+    return layers, card
 
 
 def _layers(data: bytes) -> tuple[Layer, ...]:
     """Raises ValueError if the layers do not lead from an observation to an action."""
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        layers = tuple((arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(len(arrays.files) // 2))
+        pairs = ((arrays[f"w{i}"], arrays[f"b{i}"]) for i in range(len(arrays.files) // 2))
+        # Compiled code is of one memory layout.
+        layers = tuple((np.ascontiguousarray(weights), np.ascontiguousarray(biases)) for weights, biases in pairs)
     shapes = [weights.shape for weights, _ in layers]
     inputs = [len(FEATURES), *(shape[-1] for shape in shapes)]
     expected = list(zip(inputs, [*inputs[1:-1], N_ACTIONS], strict=False))
@@ -122,20 +150,30 @@ class Rl:
     FILES: ClassVar = {"name": Trained.load}
 
     def __init__(self, first: Telemetry, slo: Slo, step_time: "StepTimeModel", name: Trained) -> None:
-        """Raises ValueError for a promise without a bound on TBT."""
         self._layers, self._hidden = name.layers, name.scratch()
         self._codec = Codec(slo, step_time, name.card.form)
-        self._reason = f"rl {name.name}: action"
+        self._name, self._stages = name.name, name.card.stages
+
+    @staticmethod
+    def check(slo: Slo) -> None:
+        """Raises ValueError for a promise that the features do not tell of."""
+        Promise.of(slo)
 
     def decide(self, telemetry: Telemetry) -> Decision:
+        """Raises ValueError in a pipeline of more stages than it was trained in: there it may break its promise."""
         codec = self._codec
         completions = codec.take(telemetry)
+        if completions and (stages := len(telemetry.completed[-1].stages)) > self._stages:
+            raise ValueError(
+                f"the engine's pipeline has {stages} stages, and the law {self._name!r} was trained for {self._stages} "
+                "at most: run predictive, or a law that was trained for more"
+            )
         budget, chunk, first, second = _decide(
             *(codec.watch, codec.promise, completions, codec.under_way, codec.fills),
             *(self._layers, codec.observation, self._hidden),
         )
         codec.gave((budget, chunk))
-        return Decision(budget, chunk, f"{self._reason} {first:+.2f} {second:+.2f}")
+        return Decision(budget, chunk, f"rl {self._name}: action {first:+.2f} {second:+.2f}")
 
     def track(self, sent: Decision) -> None:
         self._codec.track(sent.budget_tokens, sent.chunk_tokens)

@@ -78,8 +78,9 @@ def test_the_controller_loads_no_torch(module: str) -> None:
 def test_a_trained_law_decides_without_torch() -> None:
     code = (
         "import sys; from envs.slo import Slo; from envs.step_time import StepTimeModel; "
-        "from policies.catalogue import parse_law; from policies.rehearsal import rehearse; "
-        "rehearse(parse_law('rl', Slo.parse('tbt:40'), StepTimeModel.from_formula((0.005, 0, 0), (0.005,) * 5))); "
+        "from policies.catalogue import parse_law; from policies.rehearsal import _telemetry; "
+        "law = parse_law('rl', Slo.parse('tbt:40'), StepTimeModel.from_formula((0.005, 0, 0), (0.005,) * 5)); "
+        "assert law.make(_telemetry(1)).decide(_telemetry(1)).budget_tokens > 0; "
         "assert not {'torch', 'gymnasium', 'stable_baselines3'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -11,7 +11,7 @@ import pytest
 from plant import Loop
 
 from engine.config import EngineConfig
-from engine.protocol import Telemetry
+from engine.protocol import BatchComposition, Telemetry
 from envs.codec import CODEC_VERSION, FEATURES, FORMS, N_FEATURES, Form
 from envs.serving_env import Scenario, ServingEnv
 from envs.simulator import Plant, Simulation
@@ -40,8 +40,8 @@ def network(deviation: float, seed: int = 0) -> tuple[Layer, ...]:
     return (*layers, (weights, np.full_like(biases, 2 * deviation)))
 
 
-def saved(folder: Path, deviation: float = 0.5, form: Form = "limit") -> Trained:
-    return Trained.save(folder / "own.npz", network(deviation), Card(CODEC_VERSION, FEATURES, form, "", 1000))
+def saved(folder: Path, deviation: float = 0.5, form: Form = "limit", stages: int = 1) -> Trained:
+    return Trained.save(folder / "own.npz", network(deviation), Card(CODEC_VERSION, FEATURES, form, stages, "", 1000))
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.npz")), ids=lambda path: path.stem)
@@ -71,18 +71,20 @@ def other_card(folder: Path, **changes: object) -> None:
 
 
 def other_weights(folder: Path, layers: tuple[Layer, ...]) -> None:
-    Trained.save(folder / "own.npz", layers, Card(CODEC_VERSION, FEATURES, "limit", "", 0))
+    Trained.save(folder / "own.npz", layers, Card(CODEC_VERSION, FEATURES, "limit", 1, "", 0))
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: other_card(folder, codec_version=1), "codec version 1"),
-        (lambda folder: other_card(folder, features=[*FEATURES[1:], FEATURES[0]]), "train it again"),
-        (lambda folder: other_card(folder, form="speed"), "form"),
-        (lambda folder: other_card(folder, sha256="0" * 64), "not the file"),
-        (lambda folder: (folder / "own.json").unlink(), "no trained law"),
-        (lambda folder: (folder / "own.npz").write_bytes(b"PK nonsense"), "no trained law"),
+        (lambda folder: other_card(folder, codec_version=1, features=["age"], speed=3), "codec version 1, this is"),
+        (lambda folder: other_card(folder, features=[*FEATURES[1:], FEATURES[0]]), "other features, or in another"),
+        (lambda folder: other_card(folder, form="speed"), r"speed.*\$\.form"),
+        (lambda folder: other_card(folder, form="knobs"), "weights are not those"),
+        (lambda folder: other_card(folder, stages=8), "weights are not those"),
+        (lambda folder: other_card(folder, sha256="0" * 64), "weights are not those"),
+        (lambda folder: (folder / "own.json").unlink(), "No such file.*own.json"),
+        (lambda folder: (folder / "own.npz").write_bytes(b"PK nonsense"), "hold no law for this Pacer"),
         (lambda folder: (folder / "own.npz").unlink(), "name a .npz file"),
         (lambda folder: other_weights(folder, network(0.5)[1:]), "do not lead from 30 features"),
         (lambda folder: other_weights(folder, network(0.5)[:2]), "to 2 actions"),
@@ -106,6 +108,9 @@ def test_what_does_not_fit_is_refused_before_an_engine_is_driven(
         ("rl:speed=3", SLO, MODEL, "it has name"),
         ("rl", None, MODEL, "--slo"),
         ("rl", SLO, None, "--profile"),
+        ("rl", Slo(tpot_s=0.03), MODEL, "no bound on TBT, which knobs are set by: add tbt"),
+        ("rl", Slo(tbt_s=0.03, deadline_s=0.02), MODEL, "know tbt, ttft and quantile; leave out the rest"),
+        ("predictive", Slo(ttft_s=1.0), MODEL, "has none: add tbt"),
     ],
 )
 def test_the_command_line_says_what_is_missing(
@@ -154,16 +159,61 @@ def test_an_action_of_nothing_fills_the_promise_less_a_margin_for_the_noise(tmp_
     assert np.median(outcome.log[busy, LOG_COLUMNS.index("budget_tokens")]) > 500
 
 
-def test_it_goes_on_from_what_guard_sent_instead(tmp_path: Path) -> None:
+@pytest.mark.parametrize("idle", [False, True])
+def test_it_goes_on_from_what_guard_sent_instead(tmp_path: Path, idle: bool) -> None:
+    """Where nothing runs, the answer acts on all iterations to come."""
     saved(tmp_path)
     law = Rl.FILES["name"](str(tmp_path / "own.npz"))
     loop = Loop(None)
     loop.submit("a", 100, 5)
-    first = loop.step()
-    rl = Rl(msgspec.structs.replace(first, dead_time_iterations=2), SLO, MODEL, law)
-    rl.decide(msgspec.structs.replace(first, dead_time_iterations=2))
+    first = msgspec.structs.replace(loop.step(), dead_time_iterations=3)
+    if idle:
+        first = msgspec.structs.replace(first, batch=BatchComposition())
+    rl = Rl(first, SLO, MODEL, law)
+    decided = rl.decide(first)
+    before = list(decided[:2] if idle else (first.knobs.budget_tokens, first.knobs.chunk_tokens))
+    assert rl._codec.under_way.tolist() == [before, list(decided[:2])]
     rl.track(Decision(64, 32, "slew"))
-    assert rl._codec.under_way.tolist() == [[64, 32]]
+    assert rl._codec.under_way.tolist() == [[64, 32] if idle else before, [64, 32]]
+
+
+def test_a_law_drives_no_longer_pipeline_than_it_was_trained_in(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig(max_requests=64, max_budget_tokens=4096, pipeline_parallel=2)
+    workload = make_workload("poisson:20", "uniform:10-1500,5-60", np.random.default_rng(1), 60)
+    told = {}
+    for stages in (1, 2):
+        saved(tmp_path, stages=stages)
+        guard, answers = Guard(parse_law(f"rl:name={tmp_path / 'own.npz'}", SLO, MODEL.scaled(0.5))), []
+        Simulation(Plant(config, MODEL.scaled(0.5)), workload).run_law(
+            lambda t, n, guard=guard, answers=answers: answers.append(guard.decide(t, n)) or answers[-1]
+        )
+        told[stages] = sum(answer is not None for answer in answers)
+    assert told[1] < 5  # then silence: the engine goes on under its own knobs
+    assert told[2] > 50
+    assert "pipeline has 2 stages, and the law 'own' was trained for 1 at most: run predictive" in caplog.text
+
+
+def test_weights_of_another_memory_layout_decide(tmp_path: Path) -> None:
+    layers = tuple((np.asfortranarray(weights), biases) for weights, biases in network(0.5))
+    Trained.save(tmp_path / "own.npz", layers, Card(CODEC_VERSION, FEATURES, "limit", 1, "", 0))
+    heard = Loop(None).step()
+    assert parse_law(f"rl:name={tmp_path / 'own.npz'}", SLO, MODEL).make(heard).decide(heard).budget_tokens > 0
+
+
+def test_a_law_that_is_written_over_is_whole_at_any_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = saved(tmp_path)
+
+    def killed(path: Path, data: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(data[:10])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path, 0.1)
+    assert Trained.load(str(tmp_path / "own.npz")).card == before.card
 
 
 def test_the_shipped_law_keeps_a_promise_on_a_real_loop() -> None:
