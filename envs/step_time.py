@@ -214,11 +214,13 @@ class StepTimeModel:
         d = self.description
         return StepTimeModel(msgspec.structs.replace(d, decode_only=change(d.decode_only), mixed=change(d.mixed)))
 
-    def save(self, path: Path) -> None:
-        """Write JSON, a line for each list of numbers."""
+    def text(self) -> str:
+        """JSON, a line for each list of numbers."""
         text = msgspec.json.format(msgspec.json.encode(self.description), indent=2).decode()
-        lines = re.sub(r"\[[^][{}]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
-        path.write_text(lines + "\n")
+        return re.sub(r"\[[^][{}]*\]", lambda match: re.sub(r"\s+", " ", match[0]), text) + "\n"
+
+    def save(self, path: Path) -> None:
+        path.write_text(self.text())
 
     @classmethod
     def load(cls, path: Path) -> "StepTimeModel":

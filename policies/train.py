@@ -18,10 +18,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from envs.codec import CODEC_VERSION, FEATURES, Form
+from envs.codec import CODEC_VERSION, FEATURES, N_ACTIONS, Form
 from envs.serving_env import Episodes, Source
 from envs.serving_vector_env import ServingVectorEnv
-from policies.rl import Card, Layer, Trained
+from policies.rl import Card, Layer, Trained, write_whole
+from policies.scenarios import STAGES
 
 N_ENVS, ROLLOUT, BATCH, EPOCHS = 64, 256, 2048, 4
 HIDDEN = 64
@@ -30,19 +31,20 @@ LEARNING_RATE, FIRST_LOG_DEVIATION = 5e-4, -1.5
 SCALE = 0.05  # of the reward, so that values are near 1
 CHECK_EVERY, CHECKED = 8, 48  # rollouts from check to check; episodes of one
 
-Left = Callable[[], float]
-"""Seconds that training may still take."""
+Clock = Callable[[], float]
+"""Seconds, from anywhere on."""
 
 
 class Point(msgspec.Struct, frozen=True):
     """A line of the learning curve: shares of what could be earned, lately in training (None before an episode has
-    ended) and on the scenarios to check on; and of late tokens there.
+    ended) and on the scenarios to check on; and of late tokens there. `seconds` were spent so far.
     """
 
     steps: int
     trained: float | None
     checked: float
     late_tokens: float
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +64,24 @@ class Lesson:
 
     @property
     def curve(self) -> list[Point]:
-        """As far as it has been learned; a line that a kill has cut short is left out."""
-        return [msgspec.json.decode(line, type=Point) for line in self._lines()]
+        """As far as it has been learned."""
+        path = self.folder / "curve.jsonl"
+        return (
+            [msgspec.json.decode(line, type=Point) for line in path.read_bytes().splitlines()] if path.exists() else []
+        )
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far."""
+        return max((point.seconds for point in self.curve), default=0.0)
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint.zip"
 
     def add(self, point: Point) -> None:
-        lines = b"".join((*self._lines(), msgspec.json.encode(point) + b"\n"))
-        (self.folder / "curve.jsonl").write_bytes(lines)
-
-    def _lines(self) -> list[bytes]:
-        path = self.folder / "curve.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        return [line for line in lines if line.endswith(b"\n")]
+        lines = (msgspec.json.encode(one) + b"\n" for one in (*self.curve, point))
+        write_whole(self.folder / "curve.jsonl", b"".join(lines))
 
 
 class SideBySide(VecEnv):
@@ -85,11 +90,11 @@ class SideBySide(VecEnv):
     """
 
     def __init__(self, env: ServingVectorEnv, seed: int) -> None:
-        self._env, self._first_seed = env, seed
+        self._env, self.first_seed = env, seed
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
     def reset(self) -> VecEnvObs:
-        observations, _ = self._env.reset(seed=self._first_seed)
+        observations, _ = self._env.reset(seed=self.first_seed)
         self._requests = np.array([len(self._env.scenario(i).workload) for i in range(self.num_envs)], np.float64)
         self._earned = np.zeros(self.num_envs)
         self._steps = np.zeros(self.num_envs, np.int64)
@@ -134,53 +139,67 @@ MEAN_REQUESTS = 200.0
 
 
 class Teacher(BaseCallback):
-    """Checks the law now and then, keeps the best and a checkpoint, and ends in time."""
+    """Checks the law now and then, keeps the best, and a checkpoint of every update; ends in time."""
 
-    def __init__(self, lesson: Lesson, left: Left, show: Callable[[int, str], None]) -> None:
+    def __init__(self, lesson: Lesson, spent: Clock, seconds: float, show: Callable[[int, str], None]) -> None:
         super().__init__()
-        self._lesson, self._left, self._show = lesson, left, show
-        self._rollouts = 0
+        self._lesson, self._spent, self._seconds, self._show = lesson, spent, seconds, show
+        self.rollouts = 0
 
     def _on_step(self) -> bool:
-        return self._left() > 0.0
+        return self._spent() < self._seconds
+
+    def _on_rollout_start(self) -> None:
+        """The one before has been learned from."""
+        if self.rollouts:
+            self.keep()
+        if self.rollouts and self.rollouts % CHECK_EVERY == 0:
+            self.check()
 
     def _on_rollout_end(self) -> None:
-        self._rollouts += 1
+        self.rollouts += 1
         earned = _mean_earned(self.model)
         self._show(self.num_timesteps, "" if earned is None else f"{earned:.3f} earned")
-        if self._rollouts % CHECK_EVERY == 0:
-            self.check()
+
+    def keep(self) -> None:
+        partial = self._lesson.folder / "checkpoint.partial.zip"
+        self.model.save(partial)
+        partial.replace(self._lesson.checkpoint)
 
     def check(self) -> None:
         lesson, layers = self._lesson, layers_of(self.model)
         before = lesson.curve
         earned, late_tokens = check(layers, lesson)
-        point = Point(self.num_timesteps, _mean_earned(self.model), earned, late_tokens)
+        point = Point(self.num_timesteps, _mean_earned(self.model), earned, late_tokens, self._spent())
         if all(earned > other.checked for other in before):
-            card = Card(CODEC_VERSION, FEATURES, lesson.form, "", point.steps, {"seed": lesson.seed})
+            card = Card(CODEC_VERSION, FEATURES, lesson.form, max(STAGES), "", point.steps, {"seed": lesson.seed})
             Trained.save(lesson.best, layers, card)
         self.logger.record("check/earned", earned)
         self.logger.record("check/late_tokens", late_tokens)
-        partial = lesson.folder / "checkpoint.partial.zip"
-        self.model.save(partial)
-        partial.replace(lesson.checkpoint)
         lesson.add(point)
 
 
-def teach(lesson: Lesson, left: Left, show: Callable[[int, str], None]) -> None:
-    """Train until the lesson's steps are done or no time is left; goes on from the checkpoint if there is one.
+def teach(lesson: Lesson, clock: Clock, seconds: float, show: Callable[[int, str], None]) -> None:
+    """Train until the lesson's steps are done, or so many seconds were spent on it; goes on from the checkpoint.
 
-    `show` is told the steps that are done, and how it goes.
+    What is compiled first takes none of these. `show` is told the steps that are done, and how it goes.
     """
     torch.set_num_threads(1)  # so small a network gains nothing from more
     lesson.folder.mkdir(parents=True, exist_ok=True)
     vector = ServingVectorEnv(lesson.taught, N_ENVS, Episodes(), AutoresetMode.SAME_STEP, lesson.form)
-    before = sum(point.steps for point in lesson.curve)
-    env = SideBySide(vector, (lesson.seed + 1) * 1_000_000 + before % 1_000_000)  # other episodes than before
+    env = SideBySide(vector, (lesson.seed + 1) * 1_000_000)
     model = PPO.load(lesson.checkpoint, env, device="cpu") if lesson.checkpoint.exists() else _new(lesson, env)
-    teacher, done = Teacher(lesson, left, show), model.num_timesteps
-    if done < lesson.steps and left() > 0.0:
-        model.learn(lesson.steps - done, teacher, reset_num_timesteps=not done, tb_log_name=lesson.folder.name)
+    model.tensorboard_log = str(lesson.folder.parent / "tensorboard")  # of a checkpoint too, which may have been moved
+    env.first_seed += model.num_timesteps % 1_000_000  # other episodes than before
+    if model.num_timesteps >= lesson.steps or lesson.seconds >= seconds:
+        return
+    vector.reset(seed=0)
+    vector.step(np.zeros((N_ENVS, N_ACTIONS), np.float32))
+    began_s, done = clock() - lesson.seconds, model.num_timesteps
+    teacher = Teacher(lesson, lambda: clock() - began_s, seconds, show)
+    model.learn(lesson.steps - done, teacher, reset_num_timesteps=not done, tb_log_name=lesson.folder.name)
+    if teacher.rollouts:
+        teacher.keep()
         teacher.check()
 
 
@@ -194,7 +213,6 @@ def _new(lesson: Lesson, env: SideBySide) -> PPO:
         n_epochs=EPOCHS,
         gamma=DISCOUNT,
         gae_lambda=TRACE,
-        tensorboard_log=str(lesson.folder.parent / "tensorboard"),
         policy_kwargs={"net_arch": [HIDDEN, HIDDEN], "log_std_init": FIRST_LOG_DEVIATION},
         seed=lesson.seed,
         device="cpu",
@@ -213,7 +231,7 @@ def layers_of(model: Any) -> tuple[Layer, ...]:
 
 def check(layers: tuple[Layer, ...], lesson: Lesson) -> tuple[float, float]:
     """(share earned of what could be, share of late tokens) by the mean action, on the same episodes every time."""
-    law = Trained(lesson.folder.name, layers, Card(CODEC_VERSION, FEATURES, lesson.form, "", 0))
+    law = Trained(lesson.folder.name, layers, Card(CODEC_VERSION, FEATURES, lesson.form, 1, "", 0))
     env = ServingVectorEnv(lesson.checked, CHECKED, Episodes(), form=lesson.form)
     observations, _ = env.reset(seed=0)
     requests = np.array([len(env.scenario(i).workload) for i in range(CHECKED)])

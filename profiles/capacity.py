@@ -87,6 +87,10 @@ class PolicySpec(NamedTuple):
         return replace(plant, config=replace(config, schedule=schedule, max_budget_tokens=most))
 
 
+class NeverLoaded(ValueError):
+    """A workload that ends before the server is loaded, at any rate."""
+
+
 class Load(Protocol):
     """The requests of one seed at any rate: a `Workload`, which is stretched in time, or what changes otherwise."""
 
@@ -171,7 +175,7 @@ def largest_rate(meets_slo: Callable[[float], bool], guess: float, tolerance: fl
     """The largest rate of the ladder (1 + tolerance)^k that meets the SLO, if all below it do; 0 if none does.
 
     From the guess on the steps double, up to half an octave, until one rate meets it and another does not; then the gap
-    between them is halved. The guess sets how long it takes, not what comes out. Raises ValueError if every rate meets
+    between them is halved. The guess sets how long it takes, not what comes out. Raises NeverLoaded if every rate meets
     it.
     """
     rung = math.log1p(tolerance)
@@ -186,7 +190,7 @@ def largest_rate(meets_slo: Callable[[float], bool], guess: float, tolerance: fl
         while good(misses := fits + step):
             fits, step = misses, min(2 * step, longest)
             if fits > start + widest:
-                raise ValueError(
+                raise NeverLoaded(
                     f"the SLO is met at {math.exp(fits * rung):.3g} req/s and beyond: the workload ends before the "
                     "server is loaded; ask for more requests"
                 )

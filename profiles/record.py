@@ -5,7 +5,7 @@ from the first message heard. The folder then holds
 
     requests.csv          arrival_s,prompt_tokens,output_tokens of the requests that came and ended meanwhile
     iterations.parquet/   a Parquet data set of part files, columns as in `profiles.iterations`; their metadata has the
-                          engine's bounds, as JSON
+                          engine's bounds, as JSON, and the number of its pipeline stages
 
 The requests are in order of arrival; where the recording was killed, in that of their ends, which serves as well.
 """
@@ -34,7 +34,7 @@ TICK_S = 0.5  # how often signals are looked after when no telemetry comes
 SILENCE_S = 60.0  # an idle engine speaks several times within that: this one is gone
 ROWS_A_PART = 5000
 PART_NS = 60_000_000_000
-BOUNDS = "bounds"
+BOUNDS, STAGES = "bounds", "stages"
 HEADER = f"{','.join(CSV_HEADER)}\n"
 
 
@@ -54,7 +54,7 @@ class Recording:
         self.open_requests = 0  # in the engine at the last message
         self._folder = folder
         self._start_ns = self._last_ns = self._flushed_ns = 0
-        self._joined, self._schema = IterationRows(), SCHEMA
+        self._joined, self._metadata = IterationRows(), dict[str, bytes]()
         self._iteration_rows: list[dict[str, Any]] = []
         self._request_rows: list[tuple[float, int, int]] = []
         self._streaming: set[int] = set()  # slots of the requests that have a first token and no end
@@ -83,7 +83,7 @@ class Recording:
             self.engine_id = telemetry.engine_id
             self._start_ns = self._flushed_ns = telemetry.scheduled_ns
             self._joined = IterationRows(self._start_ns)
-            self._schema = SCHEMA.with_metadata({BOUNDS: msgspec.json.encode(telemetry.bounds)})
+            self._metadata[BOUNDS] = msgspec.json.encode(telemetry.bounds)
         self._last_ns = telemetry.scheduled_ns
         self._take_requests(telemetry)
         for row in self._joined.add(msgspec.to_builtins(telemetry)):
@@ -116,6 +116,7 @@ class Recording:
 
     def _take_requests(self, telemetry: Telemetry) -> None:
         for completion in telemetry.completed:
+            self._metadata[STAGES] = b"%d" % max(len(completion.stages), 1)
             for slot in completion.ttft_slots:
                 self.aborted_requests += slot in self._streaming
                 self._streaming.add(slot)
@@ -140,7 +141,8 @@ class Recording:
             self._iterations.mkdir(exist_ok=True)
             part = self._iterations / f"part-{self._parts:05d}.parquet"
             partial = part.with_name(f".{part.stem}.partial")  # a part is complete when it appears
-            pq.write_table(pa.Table.from_pylist(self._iteration_rows, schema=self._schema), partial)
+            schema = SCHEMA.with_metadata(self._metadata)
+            pq.write_table(pa.Table.from_pylist(self._iteration_rows, schema=schema), partial)
             partial.rename(part)
             self._iteration_rows.clear()
             self._parts += 1

@@ -14,7 +14,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--profile", type=Path, default=H200, help=PROFILE_HELP)
     add("--traces", nargs="+", default=["code", "sharegpt"], metavar="LENGTHS", help=f"to train on: {LENGTHS_HELP}")
-    add("--validation", nargs="+", metavar="LENGTHS", help="to choose the best by; default: other draws of --traces")
+    add("--validation", nargs="+", metavar="LENGTHS", help="to choose the best by; default: a fifth of --traces")
     add("--slo", default="tbt:40", help="the promise in milliseconds; trained on a third to three times as much")
     add("--form", default="limit", choices=FORMS, help="of the actions: knobs, or a time limit that is filled")
     add("--steps", type=int, default=6_000_000, help="iterations that each seed learns from")
@@ -27,9 +27,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError with the remedy."""
-    for name in ("steps", "seeds", "minutes"):
+    for name in ("steps", "seeds", "minutes", "processes"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name} is {value}; it must be above 0")
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}; it must be at least 0")
+    if not args.out.name or set(",@") & set(str(args.out)):
+        raise ValueError(f"--out is {args.out}; the law is called by it: give a name without comma and @")

@@ -54,7 +54,8 @@ class Result(NamedTuple):
 
 def write_report(result: Result, path: Path) -> None:
     """Write the page. It loads nothing from anywhere."""
-    logs = {law.partition(":")[0]: mixed_batches(result.trial, law, result.rate) for law in laws(result.trial)}
+    laws = (result.trial.policy, "predictive")
+    logs = {law.partition(":")[0]: mixed_batches(result.trial, law, result.rate) for law in laws}
     at = f"Mixed batches of one run on the first validation trace at {result.rate:.3g} req/s, some of all."
     sections = [
         ("earned", "Learning", "Share of what could be earned in the validation episodes.", _curves(result, "checked")),
@@ -77,11 +78,6 @@ def write_report(result: Result, path: Path) -> None:
         card=html.escape(msgspec.json.format(msgspec.json.encode(result.card), indent=1).decode()),
     )
     path.write_text(page, encoding="utf-8")
-
-
-def laws(trial: Trial) -> tuple[str, str]:
-    """The trained law, and what it is looked at beside."""
-    return trial.policy, "predictive"
 
 
 def mixed_batches(trial: Trial, law: str, rate: float) -> FloatArray:

@@ -37,11 +37,15 @@ class Capacities(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, profile: Path) -> "Capacities":
         """Raises ValueError naming the file."""
-        told = StepTimeModel.load(profile).description.provenance.get("capacities", {})
+        return cls.told(StepTimeModel.load(profile), profile)
+
+    @classmethod
+    def told(cls, model: StepTimeModel, source: Path) -> "Capacities":
+        """By a model that came from `source`, which a ValueError names."""
         try:
-            return msgspec.convert(told, cls)
+            return msgspec.convert(model.description.provenance.get("capacities", {}), cls)
         except msgspec.ValidationError as error:
-            raise ValueError(f"{profile}: provenance.capacities: {error}: make it again with pacer profile") from error
+            raise ValueError(f"{source}: provenance.capacities: {error}: make it again with pacer profile") from error
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
