@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 
 from benchmarks.capacity_table import DECODE_ONLY_S, MAX_PROMPT_TOKENS, MIXED_S, NOISE, REQUESTS, SLOS_MS, TABLE
@@ -22,6 +23,7 @@ from envs.step_time import StepTimeModel
 from envs.trace import Lengths, Workload, make_workload, read_csv
 from envs.workload import FloatArray, IntArray
 from profiles.capacity import Load, rough_capacity
+from profiles.tune_flags import Capacities
 
 CONVERSATION, LONG_PROMPTS = "azure conv", "mooncake conv"
 ALTERNATING, DAY, FLASH_CROWD = "alternating", "day", "flash crowd"
@@ -100,13 +102,15 @@ class Shifting:
 class Setting:
     """What all laws are judged on: the plant's noise, and public traces (a folder) or this repository's presets.
 
-    The plant's step time is the design's or, with a `profile`, that of another machine with its own noise.
+    The plant is the design's or, with a `profile`, another engine: its step time, noise and capacities. Lengths are
+    drawn times `scale`, and within what the engine takes.
     """
 
     traces: Path | None = None
     quick: bool = False
     noise: float = NOISE
     profile: Path | None = None
+    scale: float = 1.0
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Setting":
@@ -118,8 +122,11 @@ class Setting:
         return StepTimeModel.from_formula(DECODE_ONLY_S, MIXED_S).with_noise(self.noise)
 
     def plant(self, dead_time: int = 1) -> Plant:
-        config = EngineConfig(max_requests=256, max_budget_tokens=8192, max_model_tokens=2**17, kv_blocks=880_000 // 16)
-        return Plant(config, self.step_time(), dead_time, reserve_output=True)
+        told: dict[str, Any] = {"max_requests": 256, "max_budget_tokens": 8192, "max_model_tokens": 2**17}
+        told |= {"kv_blocks": 880_000 // 16}
+        if self.profile is not None:
+            told = msgspec.structs.asdict(Capacities.of(self.profile))
+        return Plant(EngineConfig(**told), self.step_time(), dead_time, reserve_output=True)
 
     def guess(self, cell: Cell) -> float:
         """A capacity to begin a search from."""
@@ -130,7 +137,7 @@ class Setting:
     def load(self, cell: Cell, seed: int, capacities: Mapping[Cell, float]) -> Load:
         """The cell's requests. One that shifts needs the `capacities` (req/s) of what it is made of, for its rate 1."""
         if not cell.shifting:
-            return requests(self.traces, cell.workload, QUICK_REQUESTS if self.quick else REQUESTS, seed)
+            return self._steady(cell.workload, QUICK_REQUESTS if self.quick else REQUESTS, seed)
         conversation, long_prompts = (capacities[Cell(name, cell.slo_ms)] for name in (CONVERSATION, LONG_PROMPTS))
         if cell.workload == ALTERNATING:
             return self.shifting([(PHASE_S, conversation, 0), (PHASE_S, long_prompts, 1)] * CYCLES, seed)
@@ -141,6 +148,16 @@ class Setting:
         return self.shifting(
             [(CROWD_STARTS_S, calm, 0), (CROWD_S, CROWD_RATE * conversation, 0), (after_s, calm, 0)], seed
         )
+
+    def _steady(self, workload: str, n: int, seed: int) -> Workload:
+        drawn = requests(self.traces, workload, n, seed)
+        longest = self.plant().config.max_model_tokens
+        prompts, outputs = (
+            np.maximum(np.rint(self.scale * tokens), 1).astype(np.int64)
+            for tokens in (drawn.prompt_tokens, drawn.output_tokens)
+        )
+        fits = prompts + outputs <= longest
+        return Workload(drawn.arrival_s[fits], prompts[fits], outputs[fits])
 
     def shifting(self, phases: list[tuple[float, float, int]], seed: int) -> Shifting:
         """From phases of (seconds, requests per second at rate 1, 0 for conversation and 1 for long prompts)."""
@@ -179,5 +196,6 @@ def parser(description: str | None, out: str) -> argparse.ArgumentParser:
     parser.add_argument("--dead-times", type=int, nargs="+", default=[1, 2], metavar="ITERATIONS")
     parser.add_argument("--seed", type=int, default=0, help="the first one")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--noise", type=float, default=NOISE, help="of the plant's step times (default %(default)s)")
+    noise = "of the design's step times (default %(default)s); a profile has its own"
+    parser.add_argument("--noise", type=float, default=NOISE, help=noise)
     return parser

@@ -31,15 +31,16 @@ BESIDE = ("pid", "predictive")
 
 
 class Machine(NamedTuple):
-    """A profile, and the SLOs that are asked of that machine."""
+    """A profile, the SLOs that are asked of that machine, and what lengths are times to fit it."""
 
     profile: Path
     slos_ms: tuple[int, ...]
+    scale: float = 1.0
 
 
 MACHINES = (
     Machine(DATA / "h200-mistral-7b-pacer.json", (25, 40, 100)),
-    Machine(DATA / "cpu-26m.json", (300, 600, 1200)),
+    Machine(DATA / "cpu-26m.json", (60, 120, 240), 0.1),
 )
 
 
@@ -58,7 +59,7 @@ def main() -> None:
     with worker_pool() as pool:
         done = Done(pool, args.out / "tasks.jsonl")
         for machine in MACHINES:
-            setting = replace(Setting.of(args), profile=machine.profile)
+            setting = replace(Setting.of(args), profile=machine.profile, scale=machine.scale)
             cells = [Cell(workload, slo_ms) for workload in WORKLOADS for slo_ms in machine.slos_ms]
             standings = Referee(Contest(setting, cells, entries, seeds), done).standings()
             rows += [Row(machine.profile.stem, standing) for standing in standings]

@@ -37,6 +37,7 @@ from benchmarks.law_disturbed import (
 from benchmarks.law_tasks import gaps, law_digest, trial_key, windowed_tbt_s
 from benchmarks.laws_table import ladder
 from benchmarks.laws_verdicts import Entry, Figures, Goal, Standing, best_single, geometric_mean, goals_of
+from benchmarks.rl_table import MACHINES, WORKLOADS, Machine
 from benchmarks.tasks import Done, Result
 from engine.config import EngineConfig
 from envs.outcome import Outcome
@@ -46,6 +47,7 @@ from envs.step_time import StepTimeModel
 from envs.trace import Lengths, Workload, make_workload
 from profiles.capacity import Trial
 from profiles.parallel import worker_pool
+from profiles.tune_flags import Capacities
 
 STEP_TIME = StepTimeModel.from_formula((20e-3, 5e-5, 2e-7), (10e-3, 25e-5, 2e-7, 5e-9, 1.5e-3))
 PLANT = Plant(EngineConfig(), STEP_TIME)
@@ -98,6 +100,21 @@ def test_the_shifting_cells_run_at_the_shares_that_they_name() -> None:
     assert len(whole_day) == pytest.approx(24.0 / DAY_PEAK * 1200.0, rel=0.03)
     before, during, after = np.histogram(crowd.arrival_s, [0.0, 200.0, 230.0, 600.0])[0] / (200.0, 30.0, 370.0)
     assert (before, during, after) == pytest.approx((0.6 * 24, 3 * 24, 0.6 * 24), rel=0.06)
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda machine: machine.profile.stem)
+def test_another_machine_is_judged_at_its_own_size(machine: Machine) -> None:
+    setting = Setting(quick=True, profile=machine.profile, scale=machine.scale)
+    config, own = setting.plant().config, Capacities.of(machine.profile)
+    assert (config.max_requests, config.kv_blocks, config.block_tokens, config.max_budget_tokens) == (
+        *(own.max_requests, own.kv_blocks, own.block_tokens, own.max_budget_tokens),
+    )
+    for workload in WORKLOADS:
+        drawn = setting.load(Cell(workload, 100), 0, {}).at_rate(1.0)
+        design = Setting(quick=True).load(Cell(workload, 100), 0, {}).at_rate(1.0)
+        assert 300 < len(drawn) <= len(design)
+        assert (drawn.prompt_tokens + drawn.output_tokens).max() <= own.max_model_tokens
+        assert drawn.output_tokens.mean() == pytest.approx(machine.scale * design.output_tokens.mean(), rel=0.1)
 
 
 def test_a_day_is_symmetric_about_its_peak() -> None:
