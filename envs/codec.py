@@ -58,8 +58,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.protocol import Bounds, Completion, Telemetry
-from envs.features import FEATURES, IN_FLIGHT, Done, Float32Array, Message, Promise, knobs_of
+from engine.protocol import Completion, Telemetry
+from envs.features import FEATURES, IN_FLIGHT, Done, Float32Array, Message, Promise
 from envs.outlook import list_prompts
 from envs.slo import Slo
 from envs.watch import Watch, knobs, observe
@@ -67,7 +67,7 @@ from envs.watch import Watch, knobs, observe
 if TYPE_CHECKING:
     from envs.step_time import StepTimeModel
 
-__all__ = ["CODEC_VERSION", "FEATURES", "FORMS", "N_ACTIONS", "N_FEATURES", "Codec", "Form", "to_action", "to_knobs"]
+__all__ = ["CODEC_VERSION", "FEATURES", "FORMS", "N_ACTIONS", "N_FEATURES", "Codec", "Form"]
 
 CODEC_VERSION = 2
 """Of features and actions together: a law trained under another one must be refused."""
@@ -95,21 +95,6 @@ def within(action: NDArray[np.floating]) -> tuple[float, float]:
     if math.isnan(first) or math.isnan(second):
         raise ValueError(f"action {action} is not a number: the law is broken, or its observations are")
     return max(-1.0, min(first, 1.0)), max(-1.0, min(second, 1.0))
-
-
-def to_knobs(action: NDArray[np.floating], bounds: Bounds) -> tuple[int, int]:
-    """(budget, chunk) in tokens of an action [2] of the form `knobs`. Raises ValueError on NaN."""
-    return knobs_of(*within(action), bounds.min_budget_tokens, bounds.max_budget_tokens, bounds.tile_tokens)
-
-
-def to_action(budget_tokens: int, chunk_tokens: int, bounds: Bounds) -> Float32Array:
-    """The action [2] that gives these knobs, to a tile. A chunk above the budget counts as the whole of it."""
-    least, largest = bounds.min_budget_tokens, bounds.max_budget_tokens
-    budget = max(least, min(budget_tokens, largest))
-    chunk = max(least, min(chunk_tokens, budget))
-    place = math.log(budget / least) / math.log(largest / least) if largest > least else 1.0
-    share = math.log(chunk / least) / math.log(budget / least) if budget > least else 1.0
-    return np.array((2.0 * place - 1.0, 2.0 * share - 1.0), np.float32)
 
 
 class Codec:

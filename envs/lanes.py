@@ -75,7 +75,7 @@ def lane_of(simulation: Simulation, promise: Promise, step_time: StepTimeModel |
 
 @compiled
 def _tell_completions(lane: Lane) -> int:
-    """As `Codec._done`, for each iteration that completed."""
+    """As `Codec.take`, for each iteration that completed."""
     s, report, arrival_s = lane.state.scalars[0], lane.state.report, lane.state.requests.arrival_s
     gap = first = 0
     for i in range(s.n_done):

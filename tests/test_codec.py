@@ -1,5 +1,6 @@
 """The codec alone: what it says of a message, and that it says the same everywhere."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 import envs.codec
 from engine.config import EngineConfig
@@ -21,7 +23,8 @@ from engine.protocol import (
     StageTimes,
     Telemetry,
 )
-from envs.codec import FEATURES, N_FEATURES, Codec, to_action, to_knobs
+from envs.codec import FEATURES, N_FEATURES, Codec, within
+from envs.features import Float32Array, knobs_of
 from envs.simulator import Plant, Simulation
 from envs.slo import Slo
 from envs.step_time import StepTimeModel
@@ -192,6 +195,20 @@ def test_an_observation_is_bounded_whatever_the_message_says(data: st.DataObject
         assert observation.shape == (N_FEATURES,)
         assert observation.dtype == np.float32
         assert np.all(np.abs(observation) <= 1.0)
+
+
+def to_knobs(action: NDArray[np.floating], bounds: Bounds) -> tuple[int, int]:
+    return knobs_of(*within(action), bounds.min_budget_tokens, bounds.max_budget_tokens, bounds.tile_tokens)
+
+
+def to_action(budget_tokens: int, chunk_tokens: int, bounds: Bounds) -> Float32Array:
+    """The action [2] that gives these knobs, to a tile. A chunk above the budget counts as the whole of it."""
+    least, largest = bounds.min_budget_tokens, bounds.max_budget_tokens
+    budget = max(least, min(budget_tokens, largest))
+    chunk = max(least, min(chunk_tokens, budget))
+    place = math.log(budget / least) / math.log(largest / least) if largest > least else 1.0
+    share = math.log(chunk / least) / math.log(budget / least) if budget > least else 1.0
+    return np.array((2.0 * place - 1.0, 2.0 * share - 1.0), np.float32)
 
 
 @given(bounds(), st.data())
