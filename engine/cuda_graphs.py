@@ -2,7 +2,7 @@
 
 import logging
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -35,6 +35,7 @@ class CudaGraphs(PaddedSizes):
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._graphs: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        self.times_ms: dict[StepShape, float] = {}
         self._max_outputs = max_outputs
         self._output: torch.Tensor | None = None
         start_s = seconds()
@@ -43,6 +44,11 @@ class CudaGraphs(PaddedSizes):
             self._capture(shape, compute)
             if done % _LOG_EVERY == 0 or done == len(shapes):
                 logger.info("captured %d of %d CUDA graphs in %.1f s", done, len(shapes), seconds() - start_s)
+
+    def drop(self, shapes: Collection[StepShape]) -> None:
+        super().drop(shapes)
+        for shape in shapes:
+            del self._graphs[shape], self.times_ms[shape]
 
     def replay(self, shape: StepShape) -> torch.Tensor:
         """Enqueue the step; returns its output, which the next replay overwrites, padding included."""
@@ -54,7 +60,9 @@ class CudaGraphs(PaddedSizes):
         """With each library, of which the faster stays: which has the better kernels differs from size to size."""
         captured = [self._capture_with(library, shape, compute) for library in _BLAS_LIBRARIES]
         torch.backends.cuda.preferred_blas_library(_BLAS_LIBRARIES[0])
-        self._graphs[shape] = min(captured, key=_replay_ms)
+        times_ms = [_replay_ms(graph) for graph in captured]
+        self.times_ms[shape] = min(times_ms)
+        self._graphs[shape] = captured[times_ms.index(min(times_ms))]
 
     def _capture_with(
         self, library: str, shape: StepShape, compute: Callable[[StepShape], torch.Tensor]

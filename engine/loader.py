@@ -14,6 +14,7 @@ from engine.model_runner import ModelRunner, check_sizes
 from engine.shapes import kv_bytes_per_token, parameter_count, source_model
 from engine.shard import SINGLE, WHOLE, Collectives, Shard
 from engine.step_input import OutOfDeviceMemory
+from engine.step_shapes import slower_than_larger
 from engine.tuned import EngineFacts, facts_of
 from engine.weights import Weights, dummy_weights, load_safetensors
 
@@ -104,6 +105,10 @@ def _settle_on_gpu(
         runner.config = replace(config, kv_blocks=blocks)
         runner.allocate(blocks)
         runner.capture(graphs)
+        if runner.graphs is not None:
+            slow = slower_than_larger(runner.graphs.times_ms)
+            # Ranks pad to the same sizes: what is slow on one of them is dropped on all.
+            runner.graphs.drop([shape for shape in graphs if not smallest(int(shape not in slow))])
         rehearse(runner, compute)
     except (torch.OutOfMemoryError, OutOfDeviceMemory) as error:
         token_bytes = kv_bytes_per_token(runner.model, runner.transformer.dtype.itemsize, runner.shard)

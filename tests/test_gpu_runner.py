@@ -86,7 +86,7 @@ def test_float32_tokens_are_those_of_the_cpu(tmp_path: Path, family: str, look_a
 
 
 @pytest.mark.parametrize("n_rows", [1, 3, 8, 33, 64])
-@pytest.mark.parametrize("chunk_tokens", [0, 20, 64])
+@pytest.mark.parametrize("chunk_tokens", [0, 20, 64, 400])
 def test_a_graph_chooses_what_the_eager_step_finds_likeliest(
     runner: ModelRunner, n_rows: int, chunk_tokens: int
 ) -> None:
@@ -158,7 +158,8 @@ def test_busy_and_bubble_add_up_to_the_time_since_there_is_work(runner: ModelRun
 
 def test_padding_is_reported(runner: ModelRunner) -> None:
     assert runner.graphs is not None
-    assert [runner.graphs.padding_tokens(*size) for size in ((9, 9), (64, 64), (65, 3), (129, 2))] == [7, 0, 31, 0]
+    sizes = ((9, 9), (64, 64), (65, 3), (129, 2), (513, 2))
+    assert [runner.graphs.padding_tokens(*size) for size in sizes] == [7, 0, 31, 31, 0]
     paged = Paged(runner, runner.config)
     nine = paged.batch([(request, request.n_prompt) for request in requests_of(9, SamplingParams(2), 2, 100)])
     pending = runner.launch(nine)

@@ -24,7 +24,7 @@ from engine.packed_inputs import DeviceBuffer
 from engine.request import Request, SamplingParams
 from engine.shard import Shard
 from engine.step_input import OutOfDeviceMemory, step_input
-from engine.step_shapes import PaddedSizes, StepShape, decode_sizes, graph_shapes
+from engine.step_shapes import PaddedSizes, StepShape, decode_sizes, graph_shapes, slower_than_larger
 from engine.weights import dummy_weights, load_safetensors
 
 TWO_IN_FLIGHT = replace(ENGINE, look_ahead=True)
@@ -309,14 +309,14 @@ def test_every_batch_of_decodes_has_a_graph_that_is_little_larger(max_requests: 
 
 
 def test_mixed_steps_take_the_smallest_mixed_graph_and_large_ones_none() -> None:
-    shapes = graph_shapes(48, 100, 1000, mixed=True)
+    shapes = graph_shapes(48, 500, 1000, mixed=True)
     assert [shape.n_tokens for shape in shapes] == sorted((shape.n_tokens for shape in shapes), reverse=True)
     rng, padded = np.random.default_rng(0), PaddedSizes(shapes)
     for _ in range(500):
         n_rows = int(rng.integers(1, 49))
-        n_tokens = int(rng.integers(n_rows + 1, 160))
+        n_tokens = int(rng.integers(n_rows + 1, 600))
         shape = padded.fit(n_tokens, n_rows)
-        expected = next((n for n in (32, 64, 96) if n >= n_tokens and min(n, 48) >= n_rows), None)
+        expected = next((n for n in range(32, 481, 32) if n >= n_tokens and min(n, 48) >= n_rows), None)
         assert (shape.n_tokens if shape else None) == expected
         assert shape is None or (shape.n_rows, shape.max_query_tokens, shape.n_decodes) == (
             min(expected, 48),
@@ -324,3 +324,17 @@ def test_mixed_steps_take_the_smallest_mixed_graph_and_large_ones_none() -> None
             0,
         )
     assert not [shape for shape in graph_shapes(48, 100, 1000, mixed=False) if shape.max_query_tokens > 1]
+
+
+def test_sizes_for_which_a_larger_one_is_faster_are_padded_to_that() -> None:
+    shapes = graph_shapes(8, 160, 1000, mixed=True)
+    times_ms = {shape: 10.0 + shape.n_tokens / 100 for shape in shapes}
+    slow = {shape for shape in shapes if shape.n_tokens in (64, 128) or shape.n_decodes == 2}
+    times_ms |= dict.fromkeys(slow, 14.0)
+    assert slower_than_larger(times_ms) == slow
+    assert not slower_than_larger(dict.fromkeys(shapes, 10.0))
+    padded = PaddedSizes(shapes)
+    assert padded.fit(100, 4) == padded.fit(128, 4)
+    padded.drop(slow)
+    fits = [padded.fit(*size) for size in ((33, 4), (64, 4), (100, 4), (160, 4), (161, 4), (2, 2))]
+    assert [shape.n_tokens if shape else None for shape in fits] == [96, 96, 160, 160, None, 4]
