@@ -108,6 +108,7 @@ def static(budget: int) -> str:
 def main() -> None:
     args = arguments()
     place, console = PLACES[args.device], Console(width=150)
+    place = place if args.budgets is None else place._replace(budgets=tuple(args.budgets))
     args.out.mkdir(parents=True, exist_ok=True)
     profile = args.profile or measured(args)
     model = StepTimeModel.load(profile)
@@ -132,6 +133,7 @@ def arguments() -> argparse.Namespace:
     add("--policies", nargs="+", default=["predictive"], metavar="LAW")
     add("--workloads", nargs="+", choices=sorted(PRESETS), default=sorted(PRESETS))
     add("--slos-ms", type=int, nargs="+", help="instead of the machine's")
+    add("--budgets", type=int, nargs="*", help="static ones beside the oracle, instead of the machine's")
     add("--seeds", type=int, default=3)
     add("--seed", type=int, default=0)
     add("--out", type=Path, default=Path("pacer-out/laws-live"))
