@@ -63,7 +63,7 @@ def measure(endpoints: Endpoints, pause_s: float, iterations: int, *, hand_over:
         if hand_over:
             gate.send(tokens)
         t3 = now()
-        reporter.launched(batch, knobs, 0)
+        reporter.launched(batch, knobs, 0, t2)
         t4 = now()
         link.wait()
         while hand_over and server.poll(0):

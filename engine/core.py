@@ -90,7 +90,7 @@ class EngineCore:
                 return
         self._hand_over()  # all that is sent is sent while the device works
         if launches:
-            self._reporter.launched(batch, knobs, self._in_flight[-1][1].padding_tokens)
+            self._reporter.launched(batch, knobs, self._in_flight[-1][1].padding_tokens, now_ns)
         if not launches or len(self._in_flight) == self._depth:
             self._complete()
 

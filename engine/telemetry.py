@@ -30,10 +30,9 @@ class Reporter:
         self._in_flight: deque[tuple[int, int]] = deque()  # iteration, when it was scheduled
         self._completed: list[Completion] = []
 
-    def launched(self, batch: Batch, knobs: InForce, padding_tokens: int) -> None:
+    def launched(self, batch: Batch, knobs: InForce, padding_tokens: int, scheduled_ns: int) -> None:
         """Report iteration N while the device works on it, so that the answer is there when N+1 is formed."""
         self.iteration += 1
-        scheduled_ns = self._clock()
         self._in_flight.append((self.iteration, scheduled_ns))
         self._publish(batch, compose(batch, padding_tokens), knobs, scheduled_ns)
 

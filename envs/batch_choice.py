@@ -8,14 +8,15 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.compiled import compiled
+from envs.machine_speed import N_PARTS, N_SIZES, Speed, as_run
 from envs.outlook import Outlook
-from envs.step_mean import FloatArray, step_parts
+from envs.step_mean import FloatArray
 
 SHARES = 8.0  # a chunk is no smaller than the budget over that
 CROWDED = 0.9  # of the KV cache: no more prompts are begun side by side
 WORTH = 1.3  # times the gain of the whole budget, before prompts share it
 COMPANY = 10.0  # requests that feel an iteration's lost time: those that wait, and arrive before the queue is empty
-AS_PROFILED = np.ones(4)  # factors on the parts of the step time
+AS_PROFILED = np.ones(N_PARTS), np.zeros(N_SIZES)
 
 
 class Choice(NamedTuple):
@@ -44,20 +45,20 @@ class BatchChooser:
         self._tile = tile_tokens
         self._most_tiles = max_budget_tokens // tile_tokens
 
-    def step_s(self, outlook: Outlook, budget_tokens: int, factors: FloatArray) -> float:
+    def step_s(self, outlook: Outlook, budget_tokens: int, speed: Speed) -> float:
         """Mean seconds of the batch that this budget makes of what is known to wait, the chunk being the budget."""
-        return float(_step_s((self._coefficients, factors), *_known(outlook), float(budget_tokens)))
+        return float(_step_s((self._coefficients, speed), *_known(outlook), float(budget_tokens)))
 
-    def choose(self, outlook: Outlook, limit_s: float, factors: FloatArray, share: bool) -> Choice:
-        """Budget 0 if no batch fits. `factors` multiply the parts of the step time; `share` allows small chunks."""
-        machine, (decodes, prompts) = (self._coefficients, factors), _known(outlook)
+    def choose(self, outlook: Outlook, limit_s: float, speed: Speed, share: bool) -> Choice:
+        """Budget 0 if no batch fits. `share` allows small chunks."""
+        machine, (decodes, prompts) = (self._coefficients, speed), _known(outlook)
         most_shares = SHARES if share else 1.0
         return Choice(*choose(machine, decodes, prompts, limit_s, self._tile, self._most_tiles, most_shares, WORTH))
 
 
 # Plain tuples, which numba takes from Python microseconds faster than named ones.
-Machine = tuple[FloatArray, FloatArray]
-"""What a batch's time is told by: the packed model, and factors on the parts of its step time."""
+Machine = tuple[FloatArray, Speed]
+"""What a batch's time is told by: the packed model, and how the machine runs."""
 Decodes = tuple[float, float]
 """How many, and their context in tokens."""
 Prompts = tuple[FloatArray, FloatArray, float, float]
@@ -75,9 +76,7 @@ def _known(outlook: Outlook) -> tuple[Decodes, Prompts]:
 
 @compiled
 def _seconds(machine: Machine, decodes: Decodes, requests: float, tokens: float, attention: float) -> float:
-    coefficients, factors = machine
-    parts = step_parts(coefficients, decodes[0], decodes[1], requests, tokens, attention)
-    return float(parts[0] * factors[0] + parts[1] * factors[1] + parts[2] * factors[2] + parts[3] * factors[3])
+    return float(as_run(machine[0], machine[1], decodes[0], decodes[1], requests, tokens, attention))
 
 
 @compiled

@@ -60,6 +60,7 @@ from numpy.typing import NDArray
 
 from engine.protocol import Completion, Telemetry
 from envs.features import FEATURES, IN_FLIGHT, Done, Float32Array, Message, Promise
+from envs.machine_speed import iteration_s
 from envs.outlook import list_prompts
 from envs.slo import Slo
 from envs.watch import Watch, knobs, observe
@@ -162,8 +163,8 @@ class Codec:
         gaps, firsts, stages, tbt_s = completion.tbt_s, completion.ttft_s, completion.stages, self.promise.tbt_s
         longest_s = max(gaps) if gaps else 0.0
         late = sum(gap > tbt_s for gap in gaps) if longest_s > tbt_s else 0
-        busiest_s = max([stage.busy_s for stage in stages]) if stages else completion.device_s
         return (
-            *(completion.iteration, len(gaps), late, longest_s, gaps[0] if gaps else 0.0),
-            *(len(firsts), max(firsts) if firsts else 0.0, max(len(stages), 1), completion.device_s, busiest_s),
+            *(completion.iteration, len(gaps), late, longest_s),
+            *(len(firsts), max(firsts) if firsts else 0.0, max(len(stages), 1)),
+            *(completion.device_s, iteration_s(completion)),
         )

@@ -80,18 +80,17 @@ class Memory(NamedTuple):
 
 
 class Done(NamedTuple):
-    """One completed iteration, as a record. The first of its gaps is that of the request which has run for longest."""
+    """One completed iteration, as a record."""
 
     iteration: float
     gaps: float
     late: float
     gap_s: float  # the longest
-    first_gap_s: float
     firsts: float
     ttft_s: float
     stages: float
     device_s: float
-    busiest_s: float  # of a stage
+    iteration_s: float  # as of `envs.machine_speed`
 
 
 class Message(NamedTuple):

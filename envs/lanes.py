@@ -82,7 +82,6 @@ def _tell_completions(lane: Lane) -> int:
         told, done = report.done[i], lane.watch.done[i]
         done.iteration, done.stages = told.iteration, len(lane.state.stage_free_s)
         done.gaps, done.firsts = told.gaps_end - gap, told.firsts_end - first
-        done.first_gap_s = report.gap_s[gap] if told.gaps_end > gap else 0.0
         late, longest_s, ttft_s = 0, 0.0, 0.0
         while gap < told.gaps_end:
             longest_s = max(longest_s, report.gap_s[gap])
@@ -92,9 +91,9 @@ def _tell_completions(lane: Lane) -> int:
             ttft_s = max(ttft_s, told.completed_s - arrival_s[report.first_slots[first]])
             first += 1
         done.late, done.gap_s, done.ttft_s = late, longest_s, ttft_s
-        done.device_s, done.busiest_s = report.busy_s[i].sum(), 0.0
-        for busy_s in report.busy_s[i]:
-            done.busiest_s = max(done.busiest_s, busy_s)
+        done.device_s, done.iteration_s = report.busy_s[i].sum(), report.busy_s[i].max()
+        if done.stages == 1.0:
+            done.iteration_s += report.bubble_s[i, 0]
     return int(s.n_done)
 
 

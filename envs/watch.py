@@ -114,7 +114,7 @@ def knobs(
         margin = promise.z * np.sqrt(machine.noise[1]) + (PIPELINE if stages > 1.0 else 0.0)
         limit_s = promise.tbt_s / stages * np.exp(LIMIT_REACH * first - margin)
     budget, chunk, _ = choose(
-        (watch.coefficients, machine.factors),
+        (watch.coefficients, (machine.factors, machine.sizes[0])),
         (decodes, context),
         (watch.ahead[REMAINING, :n], watch.ahead[START, :n], behind, behind_tokens / max(behind, 1.0)),
         limit_s,
@@ -133,13 +133,8 @@ def _complete(watch: Watch, i: int) -> None:
         remember(watch.memory[0], done, 0.0, 0.0)
         return
     remember(watch.memory[0], done, row[1] + row[4], row[6])
-    seconds = done.device_s
-    if done.stages > 1.0:
-        seconds = done.busiest_s
-    elif done.gaps > 0.0:  # what the promise is about: with the engine's own work between two steps
-        seconds = done.first_gap_s
-    if 0.0 < row[6] < np.inf and 0.0 < seconds < np.inf:
-        follow(watch.coefficients, watch.machine, row[1], row[2], row[3], row[4], row[5], seconds)
+    if 0.0 < row[6] < np.inf and 0.0 < done.iteration_s < np.inf:
+        follow(watch.coefficients, watch.machine, row[1], row[2], row[3], row[4], row[5], done.iteration_s)
 
 
 @compiled

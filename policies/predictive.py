@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from engine.protocol import Telemetry
 from envs.batch_choice import CROWDED, BatchChooser
-from envs.machine_speed import LEAST_NOISE, MachineSpeed
+from envs.machine_speed import LEAST_NOISE, MachineSpeed, iteration_s
 from envs.outlook import Outlook, foresee
 from envs.slo import Slo
 from policies.account import SAVED, LateAccount
@@ -56,7 +56,6 @@ class Predictive:
         self._account = LateAccount(quantile)
         self._slacks = _slacks(slo)
         self._log = IterationLog()
-        self._ended_ns = 0
         self._stages = 1
         self._turns: deque[Outlook] = deque(maxlen=1)  # of each microbatch of the pipeline
         in_force = (first.knobs.budget_tokens, first.knobs.chunk_tokens)
@@ -90,12 +89,12 @@ class Predictive:
         return outlook._replace(decodes=turn.decodes, decode_context_tokens=turn.decode_context_tokens)
 
     def _choose(self, telemetry: Telemetry, outlook: Outlook) -> Decision:
-        bounds, factors = telemetry.bounds, self._speed.factors
+        bounds, speed = telemetry.bounds, self._speed.speed
         limited = outlook.decodes > 0 or self._stages > 1  # in a pipeline other microbatches' decodes wait behind it
         limit_s, why = self._limit(telemetry, outlook) if limited else (math.inf, "nobody decodes, no limit")
-        budget, chunk, step_s = self._chooser.choose(outlook, limit_s, factors, telemetry.kv_usage < CROWDED)
+        budget, chunk, step_s = self._chooser.choose(outlook, limit_s, speed, telemetry.kv_usage < CROWDED)
         least = bounds.min_budget_tokens
-        machine = f"machine {factors[1]:.2f}x its profile"
+        machine = f"machine {self._speed.factors[1]:.2f}x its profile"
         return Decision(max(budget, least), max(chunk, least), f"predictive: {1e3 * step_s:.1f} ms, {why}; {machine}")
 
     def _limit(self, telemetry: Telemetry, outlook: Outlook) -> tuple[float, str]:
@@ -123,18 +122,11 @@ class Predictive:
         return max(least_s, LEAST_PACE * self._pace_s) if decodes else self._pace_s
 
     def _learn(self, iteration: Iteration) -> None:
-        batch, _, measured, tbt_s = iteration
-        if len(measured.stages) > 1:
-            if len(measured.stages) != self._stages:
-                self._stages = len(measured.stages)
-                self._turns = deque(self._turns, self._stages)
-            seconds = max(stage.busy_s for stage in measured.stages)
-        elif tbt_s is not None:
-            seconds = tbt_s
-        else:
-            seconds = (measured.completed_ns - max(measured.scheduled_ns, self._ended_ns)) * 1e-9
-        self._ended_ns = measured.completed_ns
-        self._speed.observe(batch, seconds)
+        batch, _, measured, _ = iteration
+        if measured.stages and len(measured.stages) != self._stages:
+            self._stages = len(measured.stages)
+            self._turns = deque(self._turns, self._stages)
+        self._speed.observe(batch, iteration_s(measured))
         if measured.tbt_s and self._tbt_s is not None:
             late = sum(gap_s > self._tbt_s for gap_s in measured.tbt_s) if max(measured.tbt_s) > self._tbt_s else 0
             self._account.book(len(measured.tbt_s), late)
