@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.law_cells import LONG_PROMPTS
-from benchmarks.laws_live import OVERLOAD, PLACES, Cell, Verdict, cells_of, goals_of, oracle
+from benchmarks.laws_live import Verdict, goals_of
+from benchmarks.live_plan import OVERLOAD, PLACES, Cell, cells_of, oracle
 from engine.config import EngineConfig
 from envs.simulator import Plant, Simulation
 from envs.slo import Slo
@@ -17,17 +18,19 @@ from envs.trace import make_workload
 
 MODEL = StepTimeModel.from_formula((8e-3, 1e-4, 1e-8), (8e-3, 2e-4, 1e-8, 2e-8, 1e-4))
 PLANT = Plant(EngineConfig(), MODEL)
-CELL = Cell(LONG_PROMPTS, Slo(tbt_s=0.1), ["predictive"], "static:budget=64", [])
+CELL = Cell(LONG_PROMPTS, Slo(tbt_s=0.1), ["predictive"], [], "static:budget=64")
 
 
-def test_the_oracle_keeps_the_promise_and_a_larger_budget_does_not() -> None:
+@pytest.mark.parametrize("slowdown", [1.0, 1.3])
+def test_the_oracle_keeps_the_promise_and_a_larger_budget_does_not(slowdown: float) -> None:
     slo = Slo(tbt_s=0.06)
     drawn = [make_workload("poisson:50", "uniform:100-900,10-60", np.random.default_rng(s), 60) for s in range(2)]
-    found = int(oracle(PLANT, drawn, slo).rpartition("=")[2])
+    found = int(oracle(PLANT, drawn, slo, slowdown).rpartition("=")[2])
 
     def p99_s(budget: int) -> float:
         simulations = [Simulation(PLANT, workload, seed) for seed, workload in enumerate(drawn)]
         for simulation in simulations:
+            simulation.slowdown = slowdown
             simulation.run_static(budget, budget)
         return max(float(np.quantile(simulation.outcome().tbt_s, 0.99)) for simulation in simulations)
 

@@ -1,0 +1,144 @@
+"""What `benchmarks.laws_live` serves: workloads under promises, and the static budget that is best there.
+
+It is kept in a file beside the runs, so that those made before are of the same plan.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.fidelity import speed
+from benchmarks.law_cells import CONVERSATION, LONG_PROMPTS
+from benchmarks.laws_verdicts import geometric_mean
+from benchmarks.live_runs import read_live
+from envs.outcome import Outcome
+from envs.simulator import Plant, Simulation
+from envs.slo import Slo, within
+from envs.trace import Workload, make_workload
+from profiles.capacity import Trial
+
+OVERLOAD = 1.3  # times the capacity that the simulator finds, with the predictive law
+LADDER = 1.06
+CODE = "azure code"
+PLAN = "plan.json"
+
+
+class Place(NamedTuple):
+    """What the machine is given to do: lengths by workload, promises (none: one that suits it), static budgets."""
+
+    lengths: dict[str, str]
+    slos_ms: tuple[int, ...]
+    budgets: tuple[int, ...]
+    longest: int
+    run_s: float
+    least_requests: int
+
+
+PRESETS = {CONVERSATION: "conversation", LONG_PROMPTS: "long-prompts", CODE: "code"}
+PLACES = {
+    "cpu": Place({n: f"scaled:0.1,0.1:{p}" for n, p in PRESETS.items()}, (), (64, 512), 2048, 25.0, 40),
+    "cuda": Place(PRESETS, (25, 40, 100), (512, 1024, 2048, 8192), 32_768, 15.0, 30),
+}
+
+
+class Cell(NamedTuple):
+    """A workload under a promise, the laws, the requests of each seed, and the best static budget once it is known."""
+
+    workload: str
+    slo: Slo
+    laws: Sequence[str]
+    requests: list[Workload]
+    oracle: str = ""
+
+    @property
+    def slo_ms(self) -> float:
+        return round(1e3 * (self.slo.tbt_s or 0), 6)
+
+    def folder(self, out: Path) -> Path:
+        return out / f"{self.workload.replace(' ', '-')}-{self.slo_ms:.0f}"
+
+    def runs(self, place: Place) -> Iterator[tuple[str, int]]:
+        """(policy, seed): the laws and the oracle on all seeds, other budgets on the first; of laws alone before."""
+        seeds = range(len(self.requests))
+        yield from product(self.laws, seeds)
+        if not self.oracle:
+            return
+        yield from product([self.oracle], seeds)
+        yield from product([p for p in map(static, place.budgets) if p != self.oracle], seeds[:1])
+
+
+def static(budget: int) -> str:
+    return f"static:budget={budget}"
+
+
+def cells_of(args: argparse.Namespace, place: Place, plant: Plant) -> Iterator[Cell]:
+    """What does not depend on a run: kept in a file, so that runs made before are of the same cells."""
+    model, known = plant.step_time, planned(args.out)
+    suitable_ms = round(1.5e3 * model.mean_s(6, 6 * 160, 2, 122, 122 * 100))
+    for name, slo_ms in product(args.workloads, args.slos_ms or place.slos_ms or (suitable_ms,)):
+        slo, key = Slo(tbt_s=slo_ms / 1e3), f"{name} {slo_ms:g}"
+
+        def requests(rate: float, n: int, seed: int, name: str = name) -> Workload:
+            rng = np.random.default_rng(seed)
+            return make_workload(f"poisson:{rate}", place.lengths[name], rng, n, place.longest)
+
+        if key not in known:
+            capacity = Trial(plant, requests(1.0, 600, args.seed), slo, args.seed, "predictive").capacity()
+            n = max(round(capacity * place.run_s * (0.5 if args.quick else 1.0)), place.least_requests)
+            known[key] = {"rate": OVERLOAD * capacity, "n": n}
+        load = known[key]
+        drawn = [requests(load["rate"], load["n"], seed) for seed in range(args.seed, args.seed + args.seeds)]
+        (args.out / PLAN).write_text(json.dumps(known, indent=1))
+        yield Cell(name, slo, args.policies, drawn, load.get("oracle", ""))
+
+
+def planned(out: Path) -> dict[str, dict[str, Any]]:
+    """By workload and promise."""
+    return json.loads((out / PLAN).read_text()) if (out / PLAN).exists() else {}
+
+
+def with_oracle(out: Path, cell: Cell, plant: Plant) -> Cell:
+    """The cell with the static budget that is best at the machine's speed in the runs of its first law."""
+    if cell.oracle:
+        return cell
+    runs = [run_folder(out, cell, cell.laws[0], seed) for seed in range(len(cell.requests))]
+    slowdown = geometric_mean(speed(plant.step_time, read_live(folder, cell.slo).iterations) for folder in runs)
+    known, found = planned(out), oracle(plant, cell.requests, cell.slo, slowdown)
+    known[f"{cell.workload} {cell.slo_ms:g}"]["oracle"] = found
+    (out / PLAN).write_text(json.dumps(known, indent=1))
+    return cell._replace(oracle=found)
+
+
+def oracle(plant: Plant, drawn: Sequence[Workload], slo: Slo, slowdown: float) -> str:
+    """The static budget of a ladder that carries most while it keeps the promise, by simulation."""
+    tile, most = plant.config.tile_tokens, plant.config.max_budget_tokens
+    least = -(-plant.config.min_budget_tokens // tile) * tile
+    rungs = np.arange(np.log(most / least) / np.log(LADDER) + 1)
+    carried = {}
+    for budget in sorted({min(int(least * LADDER**k) // tile * tile, most) for k in rungs}):
+        simulations = [Simulation(plant, workload, seed) for seed, workload in enumerate(drawn)]
+        for simulation in simulations:
+            simulation.slowdown = slowdown
+            simulation.run_static(budget, budget)
+        outcomes = [simulation.outcome() for simulation in simulations]
+        if all(within(outcome.tbt_s, slo.tbt_s or np.inf, slo.quantile) for outcome in outcomes):
+            carried[budget] = geometric_mean(map(throughput, outcomes))
+    return static(max(carried, key=lambda budget: carried[budget]) if carried else least)
+
+
+def throughput(outcome: Outcome) -> float:
+    return len(outcome.workload) / outcome.duration_s
+
+
+def rate_of(cell: Cell) -> float:
+    """Requests a second that arrive."""
+    return float(len(cell.requests[0]) / cell.requests[0].arrival_s[-1])
+
+
+def run_folder(out: Path, cell: Cell, policy: str, seed: int) -> Path:
+    return cell.folder(out) / f"{policy.replace(':', '-')}-{seed}"
