@@ -62,7 +62,7 @@ class Point(NamedTuple):
 
 
 def candidates(config: EngineConfig, rng: Generator) -> list[Point]:
-    """What the engine can form: a grid, evenly spaced on logarithmic scales, but for the tokens of a mixed batch.
+    """What the engine can form, each once: a grid, evenly spaced on logarithmic scales, but for tokens of mixed ones.
 
     These fill a budget (the largest, or a half of it, a quarter..) or, as often, lie anywhere between two: matrix
     products take their time in steps, which a few fixed numbers of tokens would hide or take for all there is.
@@ -79,7 +79,7 @@ def candidates(config: EngineConfig, rng: Generator) -> list[Point]:
         tokens = budget if rng.random() < 1 / 2 else int(budget * rng.uniform(0.5, 1))
         if tokens - n >= prefills * SHORTEST:
             mixed.append(Point(n, context, prefills, (tokens - n) // prefills, prefix))
-    return [point for point in (*alone, *mixed) if point.fits(config)]
+    return [point for point in dict.fromkeys((*alone, *mixed)) if point.fits(config)]
 
 
 def drawn(config: EngineConfig, rng: Generator) -> Iterator[Point]:

@@ -111,6 +111,13 @@ def test_candidates_reach_the_bounds_and_stay_within(config: EngineConfig) -> No
     assert {point.prefills for point in points} == {0, 1, 2, 4, 8}
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_batch_is_one_candidate_alone(seed: int) -> None:
+    """Of two that are equal the first would be asked for again and again, since the other is what was measured."""
+    points = candidates(H200, np.random.default_rng(seed))
+    assert len(set(points)) == len(points)
+
+
 def test_drawn_points_fit_and_are_those_of_the_seed() -> None:
     first, again, other = (list(islice(drawn(H200, np.random.default_rng(seed)), 30)) for seed in (1, 1, 2))
     assert first == again != other
