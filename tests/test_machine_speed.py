@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine.protocol import BatchComposition
-from envs.machine_speed import FASTEST, SLOWEST, MachineSpeed
+from engine.protocol import BatchComposition, Completion, StageTimes
+from envs.machine_speed import FASTEST, SLOWEST, MachineSpeed, iteration_s
 from envs.step_mean import step_parts
 from envs.step_time import StepTimeModel
 
@@ -160,3 +160,36 @@ def test_the_noise_is_followed() -> None:
     machine.noise = 0.04
     machine.run(600, 1.0)
     assert machine.speed.noise(mixed=True) == pytest.approx(1.0, rel=0.2)
+
+
+def sized(tokens: int) -> Kind:
+    """Of that many tokens in all, 64 of them decodes."""
+    return lambda rng: batch(64, tokens - 64, int(rng.integers(0, 1000)))
+
+
+def test_a_size_that_is_slow_alone_is_known_and_its_neighbours_stay_as_they_are() -> None:
+    machine = Machine(noise=0.02)
+    for _ in range(60):
+        machine.run(1, 1.4, sized(440))
+        machine.run(3, 1.0, sized(380))
+        machine.run(3, 1.0, sized(500))
+    for tokens, factor in ((440, 1.4), (380, 1.0), (500, 1.0)):
+        made = sized(tokens)(machine.rng)
+        assert machine.speed.predicted_s(made) / true_s(made, 1.0) == pytest.approx(factor, rel=0.06)
+
+
+def test_no_size_is_told_apart_on_a_machine_that_is_as_its_profile_but_faster_or_slower() -> None:
+    machine = Machine()
+    for factor in (1.0, 1.3, 0.8):
+        machine.run(STEPS_IN_2S, factor, varied)
+    offsets = machine.speed.speed[1]
+    assert not offsets.any()
+
+
+def test_an_iteration_takes_what_its_device_says_whenever_the_host_looked() -> None:
+    def completed(*stages: StageTimes) -> float:
+        return iteration_s(Completion(1, 0, 9_200_000, 0.004, (0.0092,), (0,), (), (), (), stages))
+
+    assert completed() == 0.004
+    assert completed(StageTimes(0.0041, 0.0005, 2)) == pytest.approx(0.0046)
+    assert completed(StageTimes(0.003, 0.002, 2), StageTimes(0.004, 0.001, 2)) == 0.004
