@@ -5,9 +5,9 @@ simulator says of it.
 
 Three workloads come faster than the engine can serve them, so that requests a second, from the first arrival to the
 last token, are what a policy carries: its capacity if it keeps the promise. Static budgets, one of them the best that
-the simulator finds on these very requests at the machine's speed under the law, stand beside it. The simulator gets the
-requests as they arrived, the engine as its telemetry describes it, the profile, and one number of each run, the speed
-of the machine in it (as in `benchmarks.fidelity`).
+the simulator finds on these very requests at the machine's speed under the law, stand beside it; a budget's run serves
+for every promise. The simulator gets the requests as they arrived, the engine as its telemetry describes it, the
+profile, and one number of each run, the speed of the machine in it (as in `benchmarks.fidelity`).
 
 On a CPU the built-in model serves, lengths are a tenth, and the promise suits the machine; on a GPU it is Mistral-7B's
 shape at 25, 40 and 100 ms. Without --profile the machine is measured first. Runs that the folder holds are not made
@@ -15,6 +15,7 @@ again. Each cell's folder has a report with pictures (`report.html`).
 """
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,6 @@ from benchmarks.live_plan import (
     Place,
     cells_of,
     rate_of,
-    run_folder,
     throughput,
     with_oracle,
 )
@@ -47,12 +47,12 @@ from envs.simulator import Plant
 from envs.step_time import StepTimeModel
 from profiles.capacity import Interval
 from profiles.compare import present
-from profiles.compare_live import run_of
 from profiles.live_engine import live_engine
-from profiles.results import Comparison, Run
+from profiles.results import Comparison, Run, histogram
 from profiles.tune_flags import Capacities
 
 AS_SIMULATED = 0.05
+SERVED = "bench.json"
 
 
 class Verdict(NamedTuple):
@@ -122,23 +122,23 @@ def measured(args: argparse.Namespace) -> Path:
 
 def serve_missing(args: argparse.Namespace, cells: Sequence[Cell], place: Place, profile: Path) -> None:
     """Make the runs that the folder does not hold."""
-    runs = [(cell, *run) for cell in cells for run in cell.runs(place)]
-    missing = [run for run in runs if not (run_folder(args.out, *run) / "run.json").exists()]
+    wanted = {cell.run_folder(args.out, *run): (cell, *run) for cell in cells for run in cell.runs(place)}
+    missing = {folder: run for folder, run in wanted.items() if not served(folder)}
     if not missing:
         return
     with live_engine(start, "laws-live", args.seed, *serve_flags(args, place.longest)) as engine:
-        for cell, policy, seed in missing:
-            folder = run_folder(args.out, cell, policy, seed)
-            flags = ["--profile", str(profile)] if policy in cell.laws else []
-            summary = engine.replay_under(policy, cell.slo, cell.requests[seed], folder, *flags)
-            run = run_of(summary, policy, rate_of(cell), seed)
-            (folder / "run.json").write_bytes(msgspec.json.encode(run))
+        for folder, (cell, policy, seed) in missing.items():
+            slo, flags = (cell.slo, ["--profile", str(profile)]) if policy in cell.laws else (None, [])
+            engine.replay_under(policy, slo, cell.requests[seed], folder, *flags)
+
+
+def served(folder: Path) -> bool:
+    return (folder / SERVED).exists() and not json.loads((folder / SERVED).read_text())["interrupted"]
 
 
 def present_runs(args: argparse.Namespace, cell: Cell, place: Place) -> None:
     """Write the report of a cell's runs."""
-    paths = [run_folder(args.out, cell, *run) / "run.json" for run in cell.runs(place)]
-    runs = [msgspec.json.decode(path.read_bytes(), type=Run) for path in paths]
+    runs = [run_of(args.out, cell, *run) for run in cell.runs(place)]
     statics = sorted({run.policy for run in runs} - set(cell.laws))
     title = f"{cell.workload}, live, {OVERLOAD} times capacity"
     made_by = {"command": "python -m benchmarks.laws_live", "seed": args.seed, "device": args.device}
@@ -146,11 +146,29 @@ def present_runs(args: argparse.Namespace, cell: Cell, place: Place) -> None:
     present(found, cell.folder(args.out))
 
 
+def run_of(out: Path, cell: Cell, policy: str, seed: int) -> Run:
+    folder = cell.run_folder(out, policy, seed)
+    live, summary = read_live(folder, cell.slo), json.loads((folder / SERVED).read_text())
+    ttft_p50_s, ttft_p99_s = np.quantile(live.ttft_s, (0.5, 0.99)).tolist()
+    tbt_p50_s, tbt_p99_s = np.quantile(live.tbt_s, (0.5, 0.99)).tolist()
+    figures = {
+        "ttft_p50_s": ttft_p50_s,
+        "ttft_p99_s": ttft_p99_s,
+        "tbt_p50_s": tbt_p50_s,
+        "tbt_p99_s": tbt_p99_s,
+        "goodput": live.goodput,
+        "throughput": summary["output_throughput"],
+        "finished": summary["completed"] / summary["num_prompts"],
+        "tokens_in_slo": cell.slo.share_of_tokens(live.tbt_s),
+    }
+    return Run(policy, seed, rate_of(cell), figures, histogram(live.tbt_s), histogram(live.ttft_s))
+
+
 def judge(out: Path, cell: Cell, place: Place, model: StepTimeModel) -> dict[str, Verdict]:
     found: dict[str, Verdict] = {}
     bound_s = cell.slo.tbt_s or np.inf
     for policy, seed in cell.runs(place):
-        folder = run_folder(out, cell, policy, seed)
+        folder = cell.run_folder(out, policy, seed)
         live = read_live(folder, cell.slo)
         plant = Plant(engine_of(folder, live, EngineConfig().budget_tokens), model)
         speeds = np.array([speed(model, live.iterations)])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.fidelity import speed
+from benchmarks.fidelity import simulate, speed
 from benchmarks.law_cells import CONVERSATION, LONG_PROMPTS
 from benchmarks.laws_verdicts import geometric_mean
 from benchmarks.live_runs import read_live
@@ -20,9 +20,9 @@ from envs.outcome import Outcome
 from envs.simulator import Plant, Simulation
 from envs.slo import Slo, within
 from envs.trace import Workload, make_workload
-from profiles.capacity import Trial
 
-OVERLOAD = 1.3  # times the capacity that the simulator finds, with the predictive law
+OVERLOAD = 1.3  # times what the predictive law carries of a backlog under the loosest promise, by simulation
+BACKLOG = 600  # requests
 LADDER = 1.06
 CODE = "azure code"
 PLAN = "plan.json"
@@ -42,7 +42,7 @@ class Place(NamedTuple):
 PRESETS = {CONVERSATION: "conversation", LONG_PROMPTS: "long-prompts", CODE: "code"}
 PLACES = {
     "cpu": Place({n: f"scaled:0.1,0.1:{p}" for n, p in PRESETS.items()}, (), (64, 512), 2048, 25.0, 40),
-    "cuda": Place(PRESETS, (25, 40, 100), (512, 1024, 2048, 8192), 32_768, 15.0, 30),
+    "cuda": Place(PRESETS, (25, 40, 100), (512, 1024, 2048, 8192), 32_768, 18.0, 30),
 }
 
 
@@ -62,6 +62,11 @@ class Cell(NamedTuple):
     def folder(self, out: Path) -> Path:
         return out / f"{self.workload.replace(' ', '-')}-{self.slo_ms:.0f}"
 
+    def run_folder(self, out: Path, policy: str, seed: int) -> Path:
+        """A static budget knows no promise: its run stands in all cells of the workload."""
+        folder = self.folder(out) if policy in self.laws else out / self.workload.replace(" ", "-")
+        return folder / f"{policy.replace(':', '-')}-{seed}"
+
     def runs(self, place: Place) -> Iterator[tuple[str, int]]:
         """(policy, seed): the laws and the oracle on all seeds, other budgets on the first; of laws alone before."""
         seeds = range(len(self.requests))
@@ -77,28 +82,34 @@ def static(budget: int) -> str:
 
 
 def cells_of(args: argparse.Namespace, place: Place, plant: Plant) -> Iterator[Cell]:
-    """What does not depend on a run: kept in a file, so that runs made before are of the same cells."""
+    """What does not depend on a run: kept in a file, so that runs made before are of the same cells.
+
+    A workload's requests are the same under all its promises.
+    """
     model, known = plant.step_time, planned(args.out)
     suitable_ms = round(1.5e3 * model.mean_s(6, 6 * 160, 2, 122, 122 * 100))
-    for name, slo_ms in product(args.workloads, args.slos_ms or place.slos_ms or (suitable_ms,)):
-        slo, key = Slo(tbt_s=slo_ms / 1e3), f"{name} {slo_ms:g}"
+    slos = [Slo(tbt_s=slo_ms / 1e3) for slo_ms in args.slos_ms or place.slos_ms or (suitable_ms,)]
+    loosest = max(slos, key=lambda slo: slo.tbt_s or 0.0)
+    for name in args.workloads:
 
         def requests(rate: float, n: int, seed: int, name: str = name) -> Workload:
             rng = np.random.default_rng(seed)
             return make_workload(f"poisson:{rate}", place.lengths[name], rng, n, place.longest)
 
-        if key not in known:
-            capacity = Trial(plant, requests(1.0, 600, args.seed), slo, args.seed, "predictive").capacity()
-            n = max(round(capacity * place.run_s * (0.5 if args.quick else 1.0)), place.least_requests)
-            known[key] = {"rate": OVERLOAD * capacity, "n": n}
-        load = known[key]
+        if name not in known:
+            backlog = requests(BACKLOG, BACKLOG, args.seed)
+            carried = throughput(simulate(plant, backlog, "predictive", loosest, args.seed, np.ones(1)))
+            n = max(round(carried * place.run_s * (0.5 if args.quick else 1.0)), place.least_requests)
+            known[name] = {"rate": OVERLOAD * carried, "n": n, "oracles": {}}
+            (args.out / PLAN).write_text(json.dumps(known, indent=1))
+        load = known[name]
         drawn = [requests(load["rate"], load["n"], seed) for seed in range(args.seed, args.seed + args.seeds)]
-        (args.out / PLAN).write_text(json.dumps(known, indent=1))
-        yield Cell(name, slo, args.policies, drawn, load.get("oracle", ""))
+        for slo in slos:
+            yield Cell(name, slo, args.policies, drawn, load["oracles"].get(str(slo), ""))
 
 
 def planned(out: Path) -> dict[str, dict[str, Any]]:
-    """By workload and promise."""
+    """By workload: the rate, the number of requests, and the oracle static by promise."""
     return json.loads((out / PLAN).read_text()) if (out / PLAN).exists() else {}
 
 
@@ -106,10 +117,10 @@ def with_oracle(out: Path, cell: Cell, plant: Plant) -> Cell:
     """The cell with the static budget that is best at the machine's speed in the runs of its first law."""
     if cell.oracle:
         return cell
-    runs = [run_folder(out, cell, cell.laws[0], seed) for seed in range(len(cell.requests))]
+    runs = [cell.run_folder(out, cell.laws[0], seed) for seed in range(len(cell.requests))]
     slowdown = geometric_mean(speed(plant.step_time, read_live(folder, cell.slo).iterations) for folder in runs)
     known, found = planned(out), oracle(plant, cell.requests, cell.slo, slowdown)
-    known[f"{cell.workload} {cell.slo_ms:g}"]["oracle"] = found
+    known[cell.workload]["oracles"][str(cell.slo)] = found
     (out / PLAN).write_text(json.dumps(known, indent=1))
     return cell._replace(oracle=found)
 
@@ -138,7 +149,3 @@ def throughput(outcome: Outcome) -> float:
 def rate_of(cell: Cell) -> float:
     """Requests a second that arrive."""
     return float(len(cell.requests[0]) / cell.requests[0].arrival_s[-1])
-
-
-def run_folder(out: Path, cell: Cell, policy: str, seed: int) -> Path:
-    return cell.folder(out) / f"{policy.replace(':', '-')}-{seed}"
