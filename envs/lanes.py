@@ -91,7 +91,10 @@ def _tell_completions(lane: Lane) -> int:
             ttft_s = max(ttft_s, told.completed_s - arrival_s[report.first_slots[first]])
             first += 1
         done.late, done.gap_s, done.ttft_s = late, longest_s, ttft_s
-        done.device_s, done.iteration_s = report.busy_s[i].sum(), report.busy_s[i].max()
+        done.device_s, done.iteration_s = 0.0, 0.0
+        for busy_s in report.busy_s[i]:
+            done.device_s += busy_s
+            done.iteration_s = max(done.iteration_s, busy_s)
         if done.stages == 1.0:
             done.iteration_s += report.bubble_s[i, 0]
     return int(s.n_done)

@@ -88,7 +88,9 @@ def answers(url: str) -> bool:
 
 
 def is_spawned(process: psutil.Process) -> bool:
-    return any("spawn_main" in argument for argument in process.cmdline())
+    with suppress(psutil.NoSuchProcess):  # one that has just ended, a zombie too, has no command line
+        return any("spawn_main" in argument for argument in process.cmdline())
+    return False
 
 
 def wait_for(condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:

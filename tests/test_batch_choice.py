@@ -162,10 +162,11 @@ def test_without_prompts_the_budget_is_for_one_that_may_come() -> None:
 def test_a_slower_machine_gets_the_budget_of_a_slower_profile() -> None:
     state = outlook(50, (20_000, 3000), (500, 0))
     slow = BatchChooser(MODEL.scaled(1.4).coefficients, TILE, MOST).choose(state, LIMIT_S, AS_PROFILED, True)
-    followed = CHOOSER.choose(state, LIMIT_S, 1.4 * AS_PROFILED, True)
+    factors, offsets = AS_PROFILED
+    followed = CHOOSER.choose(state, LIMIT_S, (1.4 * factors, offsets), True)
     assert followed[:2] == slow[:2]
     assert followed.step_s == pytest.approx(slow.step_s)
-    only_attention = CHOOSER.choose(state, LIMIT_S, np.array([1.0, 1.0, 1.0, 3.0]), False)
+    only_attention = CHOOSER.choose(state, LIMIT_S, (np.array([1.0, 1.0, 1.0, 3.0]), offsets), False)
     assert slow.budget_tokens < only_attention.budget_tokens < choose(state, LIMIT_S).budget_tokens
 
 

@@ -61,7 +61,7 @@ def test_a_law_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     (w0, b0), (w1, b1), (w2, b2) = network(0.5)
     expected = np.tanh(np.tanh(observation @ w0 + b0) @ w1 + b1) @ w2 + b2
     loaded = Trained.load(str(tmp_path / "own.npz"))
-    np.testing.assert_allclose(loaded.act(observation[None])[0], expected, rtol=1e-5)
+    np.testing.assert_allclose(loaded.act(observation[None])[0], expected, rtol=1e-5, atol=1e-6)
     assert law.act(np.stack([observation] * 3)).shape == (3, 2)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -213,15 +214,16 @@ def trials_of_all(folder: Path) -> list[optuna.trial.FrozenTrial]:
 
 def test_the_profiled_engine_is_the_one_tuned_for_and_a_flag_wins(tmp_path: Path) -> None:
     profile = H200.with_name("h200-mistral-7b-pacer.json")
+    held = msgspec.json.decode(profile.read_bytes())["provenance"]["capacities"]
     small = ["--profile", str(profile), "--num-prompts", "20", "--seeds", "1"]
     config = problem(flags(*small), "")[0].plant.config
-    assert config.bounds == Bounds(16, 8192, 16, 256, 7047 * 128)
-    assert config.max_model_tokens == 65536 and config.block_tokens == 128 and config.look_ahead
+    assert config.bounds == Bounds(16, held["max_budget_tokens"], 16, held["max_requests"], held["kv_blocks"] * 128)
+    assert config.max_model_tokens == 65536 and config.block_tokens == held["block_tokens"] == 128 and config.look_ahead
     small += ["--kv-blocks", "9000", "--max-num-seqs", "64", "--max-model-len", "4096"]
     config = problem(flags(*small, "--max-num-batched-tokens", "512"), "")[0].plant.config
     assert config.bounds == Bounds(16, 512, 16, 64, 9000 * 16) and config.max_model_tokens == 4096
     broken = tmp_path / "broken.json"
-    broken.write_text(profile.read_text().replace('"kv_blocks": 7047', '"kv_blocks": "many"'))
+    broken.write_text(re.sub(r'"kv_blocks": \d+', '"kv_blocks": "many"', profile.read_text()))
     with pytest.raises(ValueError, match=r"broken.json: provenance.capacities: .*kv_blocks"):
         problem(flags("--profile", str(broken)), "")
 
