@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from envs.step_time import StepTimeModel
 
 STRICTEST = 0.3  # wider, in logarithms, is the margin when as much is owed as can be
+SPREAD = 8.0  # of what the prompts of a pipeline take, a stage's next microbatch has no more than this part
+SMALL_TOKENS = 256  # however few prompts there are: smaller batches compute fewer tokens a second
 LEAST_PACE = 0.5  # of the pace promised: what a request that is behind is helped with
 
 
@@ -40,7 +42,10 @@ class Predictive:
 
     tpot, deadline: the limit is the least slack that any decoding request has when the batch is formed.
 
-    In a pipeline the limit is divided by the stages, as a token passes all of them: microbatches of equal time.
+    In a pipeline the limit is divided by the stages, as a token passes all of them: microbatches of equal time. Where
+    one of them could take all prompts that are there, and the next ones would run without, they are spread:
+
+        limit <= time of the decodes + time of the prompts / (SPREAD * stages)
     """
 
     RANGES: ClassVar = {"quantile": (0.5, 0.9999)}
@@ -92,6 +97,8 @@ class Predictive:
         bounds, speed = telemetry.bounds, self._speed.speed
         limited = outlook.decodes > 0 or self._stages > 1  # in a pipeline other microbatches' decodes wait behind it
         limit_s, why = self._limit(telemetry, outlook) if limited else (math.inf, "nobody decodes, no limit")
+        if self._stages > 1 and (even_s := self._even_s(outlook)) < limit_s:
+            limit_s, why = even_s, f"{1e3 * even_s:.1f} allowed, prompts spread over {self._stages} stages"
         budget, chunk, step_s = self._chooser.choose(outlook, limit_s, speed, telemetry.kv_usage < CROWDED)
         least = bounds.min_budget_tokens
         machine = f"machine {self._speed.factors[1]:.2f}x its profile"
@@ -110,6 +117,13 @@ class Predictive:
         sigma = self._deviation * self._speed.noise(mixed=True)
         limit_s *= math.exp(-z * sigma - STRICTEST * debt) / self._stages
         return limit_s, f"{1e3 * limit_s:.1f} allowed, {why}"
+
+    def _even_s(self, outlook: Outlook) -> float:
+        """Mean seconds of a microbatch beside which the pipeline's others do not run out of prompts."""
+        decodes, speed = outlook.decodes, self._speed.speed
+        whole, small = decodes + outlook.prompt_tokens, decodes + SMALL_TOKENS
+        alone_s, whole_s, small_s = (self._chooser.step_s(outlook, n, speed) for n in (decodes, whole, small))
+        return max(alone_s + (whole_s - alone_s) / (SPREAD * self._stages), small_s)
 
     def _slack_s(self, telemetry: Telemetry, slacks: Slacks, decodes: int) -> float:
         """The least slack of those who will decode, when the batch is formed that the answer acts on."""
