@@ -141,14 +141,14 @@ def promise_for(served: Served, ear: Ear) -> str:
 def test_a_serving_engine_is_tuned_without_a_request_dropped(served: Served, tmp_path: Path) -> None:
     ear = Ear(served.endpoints)
     slo = promise_for(served, ear)
-    load = Load(served.url, "poisson:1.5", "uniform:200-700,10-40", 110)
+    load = Load(served.url, "poisson:1.5", "uniform:200-700,10-40", 165)
     out = tmp_path / "out"
     url = f"sqlite:///{tmp_path / 'study.db'}"
-    args = asked(out, slo=slo, storage=url, hold=True, trials=10, timeout=75.0)
+    args = asked(out, slo=slo, storage=url, hold=True, trials=10, timeout=110.0)
 
     def interrupt_while_it_holds() -> None:
         try:
-            wait_for((out / "live.report.html").exists, "the report")
+            wait_for((out / "live.report.html").exists, "the report", 180)
             end_ns = monotonic_ns() + 3 * 10**9  # the engine's own knobs are back after one second of silence
             held.append(ear.wait_for(lambda t: t.scheduled_ns > end_ns, "telemetry after that"))
         finally:
@@ -175,7 +175,7 @@ def test_a_serving_engine_is_tuned_without_a_request_dropped(served: Served, tmp
     assert trials[0].user_attrs["cut"]
     assert (out / "live.report.html").exists()
     result = load.result()
-    assert [record.status for record in result.records] == ["completed"] * 110
+    assert [record.status for record in result.records] == ["completed"] * 165
     ear.wait_for(lambda t: t.knobs.source == "fallback" and t.knobs.budget_tokens == 512, "its own knobs again")
     ear.stop()
     # What was in force while it was tuned are the candidates.
