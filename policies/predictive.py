@@ -45,7 +45,7 @@ class Predictive:
     In a pipeline the limit is divided by the stages, as a token passes all of them: microbatches of equal time. Where
     one of them could take all prompts that are there, and the next ones would run without, they are spread:
 
-        limit <= time of the decodes + time of the prompts / (SPREAD * stages)
+        limit <= time of the decodes + time of the prompts / (SPREAD * stages), or that of SMALL_TOKENS more if longer
     """
 
     RANGES: ClassVar = {"quantile": (0.5, 0.9999)}
