@@ -139,6 +139,7 @@ class Codec:
             *(queue.head_remaining_tokens, queue.head_context_tokens, telemetry.kv_usage, telemetry.preemptions),
             *(telemetry.dead_time_iterations, in_force.budget_tokens, in_force.chunk_tokens),
             *(bounds.min_budget_tokens, bounds.max_budget_tokens, bounds.tile_tokens),
+            *(bounds.max_requests, bounds.kv_tokens),
             list_prompts(self.watch.prompts, queue, batch),
         )
         ahead, self._idle = telemetry.dead_time_iterations - 1, batch.total_tokens == 0

@@ -116,6 +116,8 @@ class Message(NamedTuple):
     least: float
     largest: float
     tile: float
+    most_requests: float
+    kv_tokens: float
     listed: float  # prompts
 
 

@@ -59,7 +59,8 @@ def lane_of(simulation: Simulation, promise: Promise, step_time: StepTimeModel |
     config, bounds = plant.config, plant.config.bounds
     watch.message["dead_time"] = plant.dead_time_iterations
     watch.message["least"], watch.message["largest"] = bounds.min_budget_tokens, bounds.max_budget_tokens
-    watch.message["tile"] = bounds.tile_tokens
+    watch.message["tile"], watch.message["most_requests"] = bounds.tile_tokens, bounds.max_requests
+    watch.message["kv_tokens"] = bounds.kv_tokens
     return Lane(
         simulation.state,
         simulation.rules,

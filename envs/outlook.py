@@ -27,7 +27,8 @@ class Outlook(NamedTuple):
 
     Requests that end in between are not known beforehand, so the decodes are never too few. `prompts`, float64 [n, 2],
     are the first that are left, (remaining, context) in tokens, in the order in which they are served; behind them wait
-    `behind_requests` that telemetry does not list, of `behind_tokens` together.
+    `behind_requests` that telemetry does not list, of `behind_tokens` together. `held_requests` wait as well, with
+    `held_tokens`, but find no seat or no room in the KV cache, or stand behind one that finds none.
     """
 
     decodes: int
@@ -35,15 +36,17 @@ class Outlook(NamedTuple):
     prompts: FloatArray
     behind_requests: int
     behind_tokens: int
+    held_requests: int = 0
+    held_tokens: int = 0
 
     @property
     def n_prompts(self) -> int:
-        return len(self.prompts) + self.behind_requests
+        return len(self.prompts) + self.behind_requests + self.held_requests
 
     @property
     def prompt_tokens(self) -> int:
         """All that are left to compute."""
-        return int(self.prompts[:, REMAINING].sum()) + self.behind_tokens
+        return int(self.prompts[:, REMAINING].sum()) + self.behind_tokens + self.held_tokens
 
     @property
     def head_context_tokens(self) -> int:
@@ -60,19 +63,20 @@ def foresee(telemetry: Telemetry, under_way: Sequence[tuple[int, int]] = ()) -> 
     """
     batch, queue = telemetry.batch, telemetry.queue
     prompts = np.zeros((3, MOST_PROMPTS))
-    listed = list_prompts(prompts, queue, batch)
-    in_force = (telemetry.knobs.budget_tokens, telemetry.knobs.chunk_tokens)
+    in_force, bounds = (telemetry.knobs.budget_tokens, telemetry.knobs.chunk_tokens), telemetry.bounds
     ahead = telemetry.dead_time_iterations - 1
     knobs = np.array([*under_way, *[in_force] * ahead][:ahead], np.int64).reshape(-1, 2)
-    behind, behind_tokens = left_out(
+    n, *others = served(
         prompts,
-        listed,
+        list_prompts(prompts, queue, batch),
         max(queue.running_requests - batch.decode_tokens, batch.prefill_requests),
         queue.waiting_requests,
         queue.waiting_prompt_tokens,
+        (bounds.max_requests - queue.running_requests, (1.0 - telemetry.kv_usage) * bounds.kv_tokens),
+        unspent(in_force[0], bounds.tile_tokens, batch.total_tokens),
     )
-    n, decodes, context = run_ahead(prompts, listed, batch.decode_tokens, batch.decode_context_tokens, knobs)
-    return Outlook(int(decodes), int(context), prompts[:CHUNK, :n].T, int(behind), int(behind_tokens))
+    n, decodes, context = run_ahead(prompts, n, batch.decode_tokens, batch.decode_context_tokens, knobs)
+    return Outlook(int(decodes), int(context), prompts[:CHUNK, :n].T, *map(int, others))
 
 
 def list_prompts(prompts: FloatArray, queue: QueueState, batch: BatchComposition) -> int:
@@ -87,17 +91,41 @@ def list_prompts(prompts: FloatArray, queue: QueueState, batch: BatchComposition
 
 
 @compiled
-def left_out(prompts: FloatArray, n: int, begun: float, waiting: float, waiting_tokens: float) -> tuple[float, float]:
-    """(requests, tokens) of the prompts that telemetry does not list: `begun` and `waiting` are all that there are."""
-    if n < MOST_PROMPTS:
-        return 0.0, 0.0
-    behind = max(begun + waiting - n, 0.0)
-    if behind == 0.0:
-        return 0.0, 0.0
-    listed_tokens = 0.0
-    for i in range(int(min(max(begun, 0.0), n)), n):
-        listed_tokens += prompts[REMAINING, i]
-    return behind, max(waiting_tokens - listed_tokens, behind)
+def unspent(budget: float, tile: float, spent: float) -> float:
+    """Tokens of a budget that a batch left over."""
+    return (budget if budget <= tile else budget // tile * tile) - spent
+
+
+@compiled
+def served(
+    prompts: FloatArray,
+    n: int,
+    begun: float,
+    waiting: float,
+    waiting_tokens: float,
+    room: tuple[float, float],
+    unspent_tokens: float,
+) -> tuple[int, float, float, float, float]:
+    """(of the n listed prompts those that will be served; requests behind them, their tokens; requests held up, theirs).
+
+    `begun` and `waiting` are all that there are; `room` is what admission finds, seats and tokens of the KV cache.
+    Requests are admitted in their order, so the first that does not fit holds up all behind it. It takes its prompt's
+    tokens at least; and it did not fit if this batch left some of its budget `unspent` while it waited.
+    """
+    seats, free_tokens = room
+    first, none_fits = int(min(max(begun, 0.0), n)), waiting > 0.0 and unspent_tokens > 0.0
+    fit, fit_tokens, waiting_listed = n, 0.0, 0.0
+    for i in range(first, n):
+        waiting_listed += prompts[REMAINING, i]
+        if fit == n and (none_fits or i - first >= seats or waiting_listed > free_tokens):
+            fit, fit_tokens = i, waiting_listed - prompts[REMAINING, i]
+    behind = behind_tokens = 0.0
+    if n == MOST_PROMPTS and begun + waiting > n:
+        behind = begun + waiting - n
+        behind_tokens = max(waiting_tokens - waiting_listed, behind)
+    if none_fits or fit < n:
+        return fit, 0.0, 0.0, n - fit + behind, waiting_listed - fit_tokens + behind_tokens
+    return n, behind, behind_tokens, 0.0, 0.0
 
 
 @compiled

@@ -27,7 +27,7 @@ from envs.features import (
     remember,
 )
 from envs.machine_speed import Estimate, follow
-from envs.outlook import REMAINING, START, left_out, run_ahead
+from envs.outlook import REMAINING, START, run_ahead, served, unspent
 from envs.state import IntArray
 from envs.step_mean import mean_step_s
 from envs.step_time import StepTimeModel
@@ -107,8 +107,12 @@ def knobs(
     for row in range(len(watch.prompts)):
         for i in range(int(now.listed)):
             watch.ahead[row, i] = watch.prompts[row, i]
-    behind, behind_tokens = left_out(watch.ahead, int(now.listed), begun, now.waiting, now.waiting_tokens)
-    n, decodes, context = run_ahead(watch.ahead, int(now.listed), now.decodes, now.decode_context_tokens, under_way)
+    n, behind, behind_tokens, _, _ = served(
+        *(watch.ahead, int(now.listed), begun, now.waiting, now.waiting_tokens),
+        (now.most_requests - now.running, (1.0 - now.kv_usage) * now.kv_tokens),
+        unspent(now.budget, now.tile, now.decodes + now.prefill_tokens),
+    )
+    n, decodes, context = run_ahead(watch.ahead, n, now.decodes, now.decode_context_tokens, under_way)
     limit_s = np.inf
     if decodes > 0.0 or stages > 1.0:  # in a pipeline other microbatches' decodes wait behind it
         margin = promise.z * np.sqrt(machine.noise[1]) + (PIPELINE if stages > 1.0 else 0.0)

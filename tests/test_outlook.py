@@ -1,6 +1,7 @@
 """What a law foresees of the batch that its answer acts on, held against the batch that then is formed."""
 
 from collections import deque
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -36,6 +37,11 @@ def engine(budget: int = 256, chunk: int = 256) -> EngineConfig:
 
 def listed(heard: Telemetry) -> list[list[int]]:
     return [*map(list, zip(heard.queue.prompt_remaining_tokens, heard.queue.prompt_context_tokens, strict=True))]
+
+
+def under(heard: Telemetry, budget: int) -> Telemetry:
+    """Its batch was formed under this budget."""
+    return msgspec.structs.replace(heard, knobs=InForce(budget, budget, 0, 0, "controller"))
 
 
 def same(outlook: Outlook, after: Telemetry) -> None:
@@ -118,7 +124,7 @@ def test_behind_the_listed_prompts_wait_those_that_telemetry_only_counts() -> No
     """20 prompts of 100 tokens begun or waiting; of the second, under way, 40 are computed before and 60 now."""
     batch = BatchComposition(1, 500, 1, 60, (60,), (40,), 60 * 70.0)
     queue = QueueState(2, 19, 1900, 1.0, (60, *(100,) * (MOST_PROMPTS - 1)), (40, *(0,) * (MOST_PROMPTS - 1)))
-    outlook = foresee(telemetry(batch, queue))
+    outlook = foresee(under(telemetry(batch, queue), 61))
     assert (outlook.decodes, outlook.decode_context_tokens) == (2, 501 + 100)
     assert outlook.prompts.tolist() == [[100, 0]] * (MOST_PROMPTS - 1)
     assert (outlook.behind_requests, outlook.behind_tokens) == (4, 400)
@@ -129,14 +135,62 @@ def test_behind_the_listed_prompts_wait_those_that_telemetry_only_counts() -> No
 def test_what_is_missing_of_the_knobs_under_way_are_those_in_force() -> None:
     batch = BatchComposition(2, 1000, 1, 30, (30,), (0,), 450.0)
     queue = QueueState(3, 0, 0, 0.0, (500,), (0,))
-    heard = msgspec.structs.replace(
-        telemetry(batch, queue), dead_time_iterations=3, knobs=InForce(64, 64, 0, 0, "controller")
-    )
+    heard = msgspec.structs.replace(under(telemetry(batch, queue), 64), dead_time_iterations=3)
     assert foresee(heard).prompts.tolist() == [[500 - 30 - 62 - 62, 30 + 62 + 62]]
     assert foresee(heard, [(128, 16)]).prompts.tolist() == [[500 - 30 - 16 - 62, 30 + 16 + 62]]
     assert foresee(heard, [(128, 16), (1024, 1024)]).prompts.tolist() == [], "it ends before our batch"
     assert foresee(heard, [(128, 16), (1024, 1024)]).decodes == 3
     assert foresee(heard, [(2, 2), (1, 1)]).prompts.tolist() == [[470, 30]], "decodes take the whole budget"
+
+
+@pytest.mark.parametrize(
+    ("kv_tokens", "max_requests", "budget", "left"),
+    [
+        (6000, 8, 32, [[470, 30], [300, 0], [2000, 0], [400, 0]]),  # there is room for all
+        (4000, 8, 32, [[470, 30], [300, 0]]),  # 2000 tokens free: not for the second who waits, so for none behind it
+        (6000, 5, 32, [[470, 30], [300, 0], [2000, 0]]),  # two seats
+        (6000, 3, 32, [[470, 30]]),
+        (6000, 8, 64, [[470, 30]]),  # tokens were left over, and the first who waits has not got them
+    ],
+)
+def test_those_for_whom_there_is_no_room_are_not_served(
+    kv_tokens: int, max_requests: int, budget: int, left: list[list[int]]
+) -> None:
+    batch = BatchComposition(2, 1000, 1, 30, (30,), (0,), 450.0)
+    queue = QueueState(3, 3, 2700, 1.0, (500, 300, 2000, 400), (0, 0, 0, 0))
+    heard = telemetry(batch, queue, kv_usage=0.5, kv_tokens=kv_tokens, max_requests=max_requests)
+    outlook = foresee(under(heard, budget))
+    assert outlook.prompts.tolist() == left
+    assert (outlook.n_prompts, outlook.prompt_tokens) == (4, 3170), "the others are there all the same"
+    assert outlook.held_requests == 4 - len(left)
+
+
+@pytest.mark.parametrize("dead_time", [1, 2, 3])
+def test_a_full_kv_cache_lets_nobody_past_the_prompts_that_run(dead_time: int) -> None:
+    """Who waits is short and would be served first, if the long one at the head of the queue were not in the way."""
+    prompts = np.array([6000, 6000, 3000, *[50] * 20])
+    workload = Workload(np.zeros(23), prompts, np.full(23, NEVER_ENDS))
+    config = replace(engine(), kv_blocks=13_000 // 16, max_model_tokens=12_000)
+    simulation = Simulation(Plant(config, MODEL, dead_time), workload)
+    under_way = deque([(256, 256)] * (dead_time - 1), maxlen=dead_time - 1)
+    foreseen: deque[Outlook] = deque()
+    knobs = (512, 96), (512, 512)
+    compared = 0
+
+    def decide(heard: Telemetry, now_ns: int) -> tuple[int, int, str]:
+        nonlocal compared
+        if len(foreseen) == dead_time:
+            left = [prompt for prompt in listed(heard) if prompt not in ([3000, 0], [50, 0])]
+            assert foreseen.popleft().prompts.tolist() == left
+            compared += 1
+        foreseen.append(foresee(heard, under_way))
+        answer = knobs[heard.iteration % 2]
+        under_way.append(answer)
+        return *answer, "by turns"
+
+    simulation.run_law(decide, until_s=0.7)
+    assert compared > 15
+    assert simulation.outcome().produced[2:].max() == 0, "they still wait"
 
 
 def test_an_idle_engine_leaves_nothing_to_foresee() -> None:

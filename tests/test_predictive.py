@@ -13,7 +13,7 @@ from test_gpu_benchmarks import PIPELINE, TRUTH
 from test_peers import completion, telemetry
 
 from engine.config import EngineConfig
-from engine.protocol import BatchComposition, QueueState, Telemetry
+from engine.protocol import BatchComposition, InForce, QueueState, Telemetry
 from envs.outcome import Outcome
 from envs.simulator import Plant, Simulation
 from envs.slo import Slo
@@ -228,7 +228,8 @@ def of_batch(decodes: int, kv_usage: float = 0.5) -> Telemetry:
     """A long prompt has begun beside these decodes, a short one waits."""
     batch = BatchComposition(decodes, 1000 * decodes, 1, 400, (400,), (0,), 80_000.0)
     queue = msgspec.structs.replace(LONG_BESIDE_SHORT, running_requests=decodes + 1)
-    return telemetry(batch, queue, kv_usage=kv_usage)
+    heard = telemetry(batch, queue, kv_usage=kv_usage)
+    return msgspec.structs.replace(heard, knobs=InForce(decodes + 400, decodes + 400, 1, 0, "controller"))
 
 
 def test_where_few_decodes_feel_it_more_is_risked() -> None:
