@@ -106,7 +106,7 @@ def served(
     room: tuple[float, float],
     unspent_tokens: float,
 ) -> tuple[int, float, float, float, float]:
-    """(of the n listed prompts those that will be served; requests behind them, their tokens; requests held up, theirs).
+    """(of the n listed prompts those that will be served; requests behind them, their tokens; requests held, theirs).
 
     `begun` and `waiting` are all that there are; `room` is what admission finds, seats and tokens of the KV cache.
     Requests are admitted in their order, so the first that does not fit holds up all behind it. It takes its prompt's
