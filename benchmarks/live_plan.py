@@ -6,7 +6,7 @@ It is kept in a file beside the runs, so that those made before are of the same 
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import product, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +24,18 @@ from envs.trace import Workload, make_workload
 OVERLOAD = 1.3  # times what the predictive law carries of a backlog under the loosest promise, by simulation
 BACKLOG = 600  # requests
 LADDER = 1.06
+AHEAD = (
+    1.10  # on long prompts a law is to meet what defines a capacity at so many times a rate at which the oracle fails
+)
 CODE = "azure code"
 PLAN = "plan.json"
 
 
 class Place(NamedTuple):
-    """What the machine is given to do: lengths by workload, promises (none: one that suits it), static budgets."""
+    """What the machine is given to do: lengths by workload, promises (none: one that suits it), static budgets.
+
+    `slower`: workloads whose oracle is served at 1 / `AHEAD` of the rate, too.
+    """
 
     lengths: dict[str, str]
     slos_ms: tuple[int, ...]
@@ -37,13 +43,26 @@ class Place(NamedTuple):
     longest: int
     run_s: float
     least_requests: int
+    slower: tuple[str, ...] = ()
 
 
 PRESETS = {CONVERSATION: "conversation", LONG_PROMPTS: "long-prompts", CODE: "code"}
 PLACES = {
     "cpu": Place({n: f"scaled:0.1,0.1:{p}" for n, p in PRESETS.items()}, (), (64, 512), 2048, 25.0, 40),
-    "cuda": Place(PRESETS, (25, 40, 100), (512, 1024, 2048, 8192), 32_768, 18.0, 30),
+    "cuda": Place(PRESETS, (25, 40, 100), (512, 1024, 2048, 8192), 32_768, 18.0, 30, (LONG_PROMPTS,)),
 }
+
+
+class Served(NamedTuple):
+    """A run: a policy on the requests of a seed, which come at `pace` times the cell's rate."""
+
+    policy: str
+    seed: int
+    pace: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.policy.replace(':', '-')}-{self.seed}{'' if self.pace == 1.0 else '-slower'}"
 
 
 class Cell(NamedTuple):
@@ -62,19 +81,24 @@ class Cell(NamedTuple):
     def folder(self, out: Path) -> Path:
         return out / f"{self.workload.replace(' ', '-')}-{self.slo_ms:.0f}"
 
-    def run_folder(self, out: Path, policy: str, seed: int) -> Path:
+    def run_folder(self, out: Path, run: Served) -> Path:
         """A static budget knows no promise: its run stands in all cells of the workload."""
-        folder = self.folder(out) if policy in self.laws else out / self.workload.replace(" ", "-")
-        return folder / f"{policy.replace(':', '-')}-{seed}"
+        folder = self.folder(out) if run.policy in self.laws else out / self.workload.replace(" ", "-")
+        return folder / run.name
 
-    def runs(self, place: Place) -> Iterator[tuple[str, int]]:
-        """(policy, seed): the laws and the oracle on all seeds, other budgets on the first; of laws alone before."""
+    def requests_of(self, run: Served) -> Workload:
+        drawn = self.requests[run.seed]
+        return Workload(drawn.arrival_s / run.pace, drawn.prompt_tokens, drawn.output_tokens)
+
+    def runs(self, place: Place) -> Iterator[Served]:
+        """The laws and the oracle on all seeds, other budgets on the first; of laws alone before."""
         seeds = range(len(self.requests))
-        yield from product(self.laws, seeds)
+        yield from starmap(Served, product(self.laws, seeds))
         if not self.oracle:
             return
-        yield from product([self.oracle], seeds)
-        yield from product([p for p in map(static, place.budgets) if p != self.oracle], seeds[:1])
+        paces = (1.0, 1.0 / AHEAD) if self.workload in place.slower else (1.0,)
+        yield from starmap(Served, product([self.oracle], seeds, paces))
+        yield from starmap(Served, product([p for p in map(static, place.budgets) if p != self.oracle], seeds[:1]))
 
 
 def static(budget: int) -> str:
@@ -117,7 +141,7 @@ def with_oracle(out: Path, cell: Cell, plant: Plant) -> Cell:
     """The cell with the static budget that is best at the machine's speed in the runs of its first law."""
     if cell.oracle:
         return cell
-    runs = [cell.run_folder(out, cell.laws[0], seed) for seed in range(len(cell.requests))]
+    runs = [cell.run_folder(out, Served(cell.laws[0], seed)) for seed in range(len(cell.requests))]
     slowdown = geometric_mean(speed(plant.step_time, read_live(folder, cell.slo).iterations) for folder in runs)
     known, found = planned(out), oracle(plant, cell.requests, cell.slo, slowdown)
     known[cell.workload]["oracles"][str(cell.slo)] = found

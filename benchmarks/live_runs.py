@@ -32,9 +32,13 @@ CALIBRATION = 1000  # seeds from here on
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Live:
-    """What the live engine did with one workload under one policy. Iterations end `ended_s` after the first arrival."""
+    """What the live engine did with one workload under one policy. Iterations end `ended_s` after the first arrival.
+
+    `delay_s` are the scheduling delays; NaN if one was preempted: telemetry does not say whose prompt begins anew.
+    """
 
     workload: Workload
+    delay_s: FloatArray
     ttft_s: FloatArray
     tbt_s: FloatArray
     duration_s: float
@@ -60,7 +64,9 @@ def read_live(folder: Path, slo: Slo) -> Live:
     joined, rows = IterationRows(), []
     times: dict[int, list[float]] = {}  # of the request in each slot: first token, then every further one
     ended: list[tuple[int, int, int, list[float]]] = []
+    began_ns: list[int] = []  # prompts begin in the order of their arrivals
     for message in messages:
+        began_ns += [message["scheduled_ns"]] * message["batch"]["prefill_context_tokens"].count(0)
         rows += joined.add(message)
         for completion in message["completed"]:
             now_s = completion["completed_ns"] * 1e-9
@@ -80,11 +86,14 @@ def read_live(folder: Path, slo: Slo) -> Live:
     )
     gaps = [np.diff(t[1:]) for *_, t in ended]
     met = [slo.met(t[0], gap, t[-1] - arrival * 1e-9) for (arrival, *_, t), gap in zip(ended, gaps, strict=True)]
+    known = len(began_ns) == len(ended)
+    delay_s = (np.array(began_ns) - [arrival for arrival, *_ in ended]) * 1e-9 if known else np.full(len(ended), np.nan)
     duration_s = max(t[-1] for *_, t in ended) - first_ns * 1e-9
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     ended_s = table["time_s"].to_numpy()
     return Live(
         workload,
+        delay_s,
         np.array([t[0] for *_, t in ended]),
         np.concatenate(gaps),
         duration_s,

@@ -59,21 +59,58 @@ def test_a_plan_is_made_once(tmp_path: Path) -> None:
     assert (again.oracle, len(again.requests[0])) == (cell.oracle, load["n"]), "runs made before are of this plan"
 
 
-@pytest.mark.parametrize(("carried", "ok"), [([1.2, 1.1, 1.15], True), ([1.01, 1.02, 1.0], False)])
-def test_long_prompts_ask_for_a_tenth_more_than_the_oracle_within_the_interval(carried: list[float], ok: bool) -> None:
-    steady = [1.0, 1.0, 1.0]
-    found = {
-        "predictive": Verdict(carried, carried, [0.98, 1.0, 0.99], steady),
-        CELL.oracle: Verdict(steady, steady, steady, steady),
-    }
+def verdict(live: list[float], tbt: list[float], delay_s: float = 1.0, simulated: float = 1.0) -> Verdict:
+    n = len(live)
+    return Verdict(live, [simulated] * n, tbt, [1.0] * n, [delay_s] * n, [])
+
+
+STEADY = [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("carried", "ok"), [([1.02, 0.97, 0.98], True), ([0.96, 0.97, 0.95], False)])
+def test_the_oracle_is_to_be_reached_within_the_interval(carried: list[float], ok: bool) -> None:
+    found = {"predictive": verdict(carried, [0.98, 1.0, 0.99]), CELL.oracle: verdict(STEADY, STEADY)}
     error, tbt, of_oracle = goals_of([CELL], [found])
     assert error.ok
     assert tbt.ok
     assert of_oracle.ok == ok
 
 
+@pytest.mark.parametrize(
+    ("tbt", "delay_s", "slower_tbt", "slower_delay_s", "ok"),
+    [
+        (0.98, 1.9, 0.7, 2.1, True),  # the oracle's queue is too long at the lower rate
+        (0.98, 1.9, 1.1, 0.1, True),  # or its tokens are late
+        (0.98, 1.9, 0.7, 1.9, False),  # its capacity may be as high as that
+        (0.98, 2.1, 0.7, 3.0, False),  # the law's own rate is beyond its capacity
+        (1.01, 0.1, 0.7, 3.0, False),
+        (0.98, 1.9, 0.7, np.nan, False),  # nobody knows
+    ],
+)
+def test_on_long_prompts_a_law_is_to_have_a_tenth_more_capacity(
+    tbt: float, delay_s: float, slower_tbt: float, slower_delay_s: float, ok: bool
+) -> None:
+    oracle = verdict(STEADY[:1], [1.0])
+    oracle.slower.append(verdict(STEADY[:1], [slower_tbt], slower_delay_s))
+    ahead = goals_of([CELL], [{"predictive": verdict(STEADY[:1], [tbt], delay_s), CELL.oracle: oracle}])[-1]
+    assert "1.1 times" in ahead.what
+    assert ahead.ok == ok
+
+
+def test_the_oracle_of_long_prompts_is_served_at_a_lower_rate_too_on_a_gpu(tmp_path: Path) -> None:
+    drawn = make_workload("poisson:5", "uniform:100-900,10-60", np.random.default_rng(0), 20)
+    cell = CELL._replace(requests=[drawn])
+    runs = [*cell.runs(PLACES["cuda"])]
+    (slower,) = (run for run in runs if run.pace < 1)
+    assert slower.policy == cell.oracle
+    assert cell.requests_of(slower).arrival_s == pytest.approx(1.1 * drawn.arrival_s)
+    assert len({cell.run_folder(tmp_path, run) for run in runs}) == len(runs)
+    assert all(run.pace == 1 for run in cell.runs(PLACES["cpu"]))
+    assert [run.policy for run in cell._replace(oracle="").runs(PLACES["cuda"])] == ["predictive"]
+
+
 def test_a_simulator_that_is_off_by_a_tenth_is_told() -> None:
-    found = {name: Verdict([1.0, 1.0], [1.1, 1.1], [1.2, 1.0], [1.0, 1.0]) for name in ("predictive", CELL.oracle)}
+    found = {name: verdict(STEADY[:2], [1.2, 1.0], simulated=1.1) for name in ("predictive", CELL.oracle)}
     error, tbt, _ = goals_of([CELL], [found])
     assert error.figure == pytest.approx(0.1)
     assert tbt.figure == pytest.approx(1.1)
