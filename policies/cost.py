@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.protocol import BatchComposition, Telemetry
-from envs.batch_choice import AS_PROFILED, BatchChooser
+from engine.protocol import BatchComposition, Completion, Telemetry
+from envs.batch_choice import BatchChooser
+from envs.machine_speed import MachineSpeed, iteration_s
 from envs.outlook import foresee
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ class TokenCosts:
     def see(self, telemetry: Telemetry) -> None:
         """Nothing in it changes what a token costs."""
 
+    def learn(self, batch: BatchComposition, measured: Completion) -> None:
+        """Nor does what a batch took."""
+
     def of(self, batch: BatchComposition) -> float:
         return float(batch.total_tokens)
 
@@ -35,7 +39,8 @@ class TokenCosts:
 
 
 class StepCosts:
-    """A batch costs the mean seconds that the model gives it; a budget, those of the next batch if it is filled.
+    """A batch costs the mean seconds that the model gives it, on the machine as it runs now (`MachineSpeed`); a budget,
+    those of the next batch if it is filled.
 
     `unlimited`: nobody decodes in the next batch, so nobody waits for it. In a pipeline others may, in other batches.
     """
@@ -45,6 +50,7 @@ class StepCosts:
     def __init__(self, step_time: "StepTimeModel", first: Telemetry) -> None:
         bounds = first.bounds
         self._model = step_time
+        self._speed = MachineSpeed(step_time)
         self._chooser = BatchChooser(step_time.coefficients, bounds.tile_tokens, bounds.max_budget_tokens)
         self._least, self._most = bounds.min_budget_tokens, bounds.max_budget_tokens
         self._stages = 0  # not known before a batch has ended
@@ -59,18 +65,21 @@ class StepCosts:
             self._stages = max(len(completion.stages), 1)
         self._outlook = foresee(telemetry)
 
+    def learn(self, batch: BatchComposition, measured: Completion) -> None:
+        self._speed.observe(batch, iteration_s(measured))
+
     def of(self, batch: BatchComposition) -> float:
-        return self._model.mean_s(*batch.load)
+        return self._speed.predicted_s(batch)
 
     def of_budget(self, budget_tokens: int) -> float:
         newcomer = (float(budget_tokens), 0.0)
         filled = self._outlook._replace(prompts=np.vstack((self._outlook.prompts, newcomer)))
-        return self._chooser.step_s(filled, budget_tokens, AS_PROFILED)
+        return self._chooser.step_s(filled, budget_tokens, self._speed.speed)
 
     def budget(self, cost: float) -> int:
         if self.unlimited:
             return self._most
-        return max(self._chooser.choose(self._outlook, cost, AS_PROFILED, share=False).budget_tokens, self._least)
+        return max(self._chooser.choose(self._outlook, cost, self._speed.speed, share=False).budget_tokens, self._least)
 
     def noise(self, n: int) -> list[float]:
         """n equally likely factors of a mixed batch's time over its mean."""

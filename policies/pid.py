@@ -26,8 +26,9 @@ class Pid:
         budget = the largest whose batch is foreseen to cost L
 
     with r = set_point * SLO: the model's own budget is that of L = r, and L / r is what feedback makes of it. The model
-    may be wrong by any factor; without one, time counts as proportional to tokens. c_i is what the batch cost, or what
-    it was foreseen to cost where that is less, so that the loop answers for errors of foresight too.
+    may be wrong, in all or in parts, and follows the machine (`StepCosts`); without one, time counts as proportional to
+    tokens. c_i is what the batch cost, or what it was foreseen to cost where that is less, so that the loop answers for
+    errors of foresight too, and for a machine that has changed since.
 
     Referring each TBT to the limit of now keeps the window from making the loop chase its own past, and makes the loop
     gain 1 whatever the machine and the dead time. P and D act on the measurement, and the form is that of velocity
@@ -78,9 +79,12 @@ class Pid:
 
     def decide(self, telemetry: Telemetry) -> Decision:
         self._costs.see(telemetry)
-        told = [iteration for iteration in self._log.completed(telemetry) if self._tells(iteration)]
-        for iteration in told:
-            self._learn(iteration)
+        told = []
+        for iteration in self._log.completed(telemetry):
+            self._costs.learn(iteration.batch, iteration.measured)
+            if self._tells(iteration):
+                told.append(iteration)
+                self._learn(iteration)
         reason = self._correct(bool(told))
         limit = math.exp(self._log_limit)
         budget = self._costs.budget(limit)

@@ -190,6 +190,19 @@ def test_the_slo_is_kept_and_made_use_of_whatever_the_profile_says(
     assert share * outcome.duration_s < ideal.outcome().duration_s
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_part_of_the_profile_that_is_wrong_is_found_out(seed: int) -> None:
+    """Attention at 0.3 times its cost, for prompts of all depths: what one batch takes says little of the next one."""
+    fixed, mixed = TRUE
+    wrong = (*mixed[:2], 0.3 * mixed[2], 0.3 * mixed[3], mixed[4])
+    profile = StepTimeModel.from_formula((*fixed[:2], 0.3 * fixed[2]), wrong).with_noise(0.04)
+    config = EngineConfig(max_budget_tokens=8192, max_requests=256, max_model_tokens=2**17, kv_blocks=55_000)
+    workload = make_workload("poisson:1.2", "long-prompts", np.random.default_rng(seed), 150, 2**17)
+    simulation = Simulation(Plant(config, MACHINE, reserve_output=True), workload, seed)
+    simulation.run_law(Guard(parse_law("pid", Slo(tbt_s=0.04), profile)).decide, until_s=20.0)
+    assert simulation.outcome().tokens_in_slo(0.04) >= 0.997
+
+
 def test_what_it_could_not_foresee_counts_as_late_too() -> None:
     """With a dead time this long, a batch often takes longer than was foreseen, and no longer than the model says."""
     simulation = overloaded(dead_time=7)
