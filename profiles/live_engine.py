@@ -38,9 +38,14 @@ class LiveEngine:
     def replay_under(
         self, policy: str, slo: Slo | None, workload: Workload, folder: Path, *law_flags: str
     ) -> dict[str, Any]:
-        """Replay the workload with a sidecar running `policy`; telemetry, journal and figures go to `folder`."""
+        """Replay the workload with a sidecar running `policy`; telemetry, journal and figures go to `folder`.
+
+        They replace those of a replay before, which may have been interrupted: a journal of both would be of neither.
+        """
         self._wait_for("/metrics", 'source="fallback"} 1.0', self._server)  # the sidecar before has left
         journal = folder / "journal"
+        for part in journal.glob("part-*.parquet"):
+            part.unlink()
         flags = ["--engine", self._name, "--policy", policy, "--journal", str(journal), *law_flags]
         with _running(self._start("control", *flags, *(["--slo", str(slo)] if slo else []))) as sidecar:
             self._wait_for("/metrics", 'source="controller"} 1.0', sidecar)

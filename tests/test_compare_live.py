@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from envs.slo import Slo
@@ -23,6 +24,9 @@ def compare(out: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 def test_policies_and_schedules_are_compared_on_real_engines(tmp_path: Path) -> None:
     policies = ("static:budget=64", "pid", "static:budget=64@prefill-first")
     flags = ("--rates", "8", "--seeds", "1", "--num-prompts", "6", "--slo", "tbt:500")
+    interrupted = tmp_path / "runs" / "pid_8_0" / "journal"
+    interrupted.mkdir(parents=True)
+    (interrupted / "part-00000.parquet").write_bytes(b"of a comparison before")
     answer = compare(tmp_path, "--policies", *policies, *flags)
     assert answer.returncode == 0, answer.stderr
     stored = json.loads((tmp_path / "comparison.json").read_bytes())
@@ -30,6 +34,7 @@ def test_policies_and_schedules_are_compared_on_real_engines(tmp_path: Path) -> 
     assert all(row["figures"]["finished"]["mean"] == 1 for row in stored["rows"])
     assert stored["capacities"] == {}
     assert (tmp_path / "report.html").exists()
+    assert all(pq.read_table(part).num_rows for part in interrupted.glob("*.parquet")), "nothing is left of another run"
 
 
 @pytest.mark.parametrize(
