@@ -206,6 +206,12 @@ class StepTimeModel:
         """All times times `factor`: a pipeline stage's share (1 / stages if layers are dealt evenly)."""
         return self.bent(dict.fromkeys(PARTS, factor))
 
+    def at_speeds(self, decode_only: float, mixed: float) -> "StepTimeModel":
+        """Each regime's times times its factor: a lower clock makes matrix products longer, reading weights hardly."""
+        d, regimes = self.description, {"decode_only": decode_only, "mixed": mixed}
+        bent = {name: getattr(d, name).bent(dict.fromkeys(PARTS, factor)) for name, factor in regimes.items()}
+        return StepTimeModel(msgspec.structs.replace(d, **bent))
+
     def bent(self, factors: Mapping[str, float]) -> "StepTimeModel":
         """Another machine: the times of each of PARTS, in both regimes, times its factor; without one, as they are."""
         return self._with(lambda regime: regime.bent(factors))

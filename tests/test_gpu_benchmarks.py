@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.equal_time import equal_time
+from benchmarks.gpu_fidelity import speeds
 from benchmarks.gpu_steps import cells, floor_s
 from benchmarks.our_steps import Ours
 from benchmarks.pipeline_runs import ClosedLoop, Run, figures
@@ -14,6 +15,7 @@ from benchmarks.step_cells import Cell, Step, measure
 from engine.config import EngineConfig, ModelSource
 from engine.loader import load_runner
 from engine.protocol import Telemetry
+from envs.iterations import Iterations
 from envs.simulator import Plant, Simulation
 from envs.step_time import StepTimeModel
 from envs.trace import make_workload
@@ -147,3 +149,12 @@ def test_a_closed_loop_goes_on_where_all_its_requests_end_in_one_iteration() -> 
 def test_a_run_that_measured_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no iteration ended in the 0.5 s"):
         figures(Run(0.5, [], 0))
+
+
+def test_a_served_run_has_a_speed_of_each_kind_of_steps() -> None:
+    """An iteration whose time is not known tells nothing."""
+    batches = [(4, 4000, 0, 0, 0.0), (4, 4004, 1, 500, 1.25e5), (5, 4600, 1, 500, 1.25e5), (5, 4605, 0, 0, 0.0)]
+    took = np.array([1.02, 1.15, 1.15, 1.02]) * [TRUTH.mean_s(*batch) for batch in batches]
+    took[2] = np.nan
+    columns = np.array(batches, float).T
+    assert speeds(TRUTH, Iterations(took, *columns)) == pytest.approx((1.02, 1.15))

@@ -172,6 +172,13 @@ def test_a_stage_takes_its_share() -> None:
         assert FORMULA.scaled(0.25).mean_s(*batch) == pytest.approx(FORMULA.mean_s(*batch) / 4)
 
 
+def test_a_lower_clock_makes_mixed_steps_longer_alone() -> None:
+    alone, mixed = (3, 500, 0, 0, 0), (3, 500, 2, 800, 5e5)
+    hot = FORMULA.at_speeds(1.02, 1.15)
+    assert hot.mean_s(*alone) == pytest.approx(1.02 * FORMULA.mean_s(*alone))
+    assert hot.mean_s(*mixed) == pytest.approx(1.15 * FORMULA.mean_s(*mixed))
+
+
 def test_the_range_is_that_of_the_regime() -> None:
     alone = Range((1.0, 10.0), (1.0, 1000.0), (0.0, 0.0), (0.0, 0.0), (0.0, 0.0))
     beside = Range((0.0, 5.0), (0.0, 500.0), (1.0, 2.0), (16.0, 512.0), (1.0, 1e6))
