@@ -5,7 +5,7 @@ It is kept in a file beside the runs, so that those made before are of the same 
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product, starmap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,10 +31,14 @@ CODE = "azure code"
 PLAN = "plan.json"
 
 
+Worth = Callable[[Sequence[Outcome]], float]
+"""Of the runs of one budget, one for each seed."""
+
+
 class Place(NamedTuple):
     """What the machine is given to do: lengths by workload, promises (none: one that suits it), static budgets.
 
-    `slower`: workloads whose oracle is served at 1 / `AHEAD` of the rate, too.
+    `slower`: workloads where a law's rival is served at 1 / `AHEAD` of the rate.
     """
 
     lengths: dict[str, str]
@@ -62,17 +66,24 @@ class Served(NamedTuple):
 
     @property
     def name(self) -> str:
+        return self.policy if self.pace == 1.0 else f"{self.policy} at 1/{1.0 / self.pace:g}"
+
+    @property
+    def folder(self) -> str:
         return f"{self.policy.replace(':', '-')}-{self.seed}{'' if self.pace == 1.0 else '-slower'}"
 
 
 class Cell(NamedTuple):
-    """A workload under a promise, the laws, the requests of each seed, and the best static budget once it is known."""
+    """A workload under a promise, the laws, the requests of each seed; and, once they are known, of the static budgets
+    that keep the promise the one that carries most, and the rival, under which requests wait least at the lower rate.
+    """
 
     workload: str
     slo: Slo
     laws: Sequence[str]
     requests: list[Workload]
     oracle: str = ""
+    rival: str = ""
 
     @property
     def slo_ms(self) -> float:
@@ -84,7 +95,7 @@ class Cell(NamedTuple):
     def run_folder(self, out: Path, run: Served) -> Path:
         """A static budget knows no promise: its run stands in all cells of the workload."""
         folder = self.folder(out) if run.policy in self.laws else out / self.workload.replace(" ", "-")
-        return folder / run.name
+        return folder / run.folder
 
     def requests_of(self, run: Served) -> Workload:
         drawn = self.requests[run.seed]
@@ -96,8 +107,9 @@ class Cell(NamedTuple):
         yield from starmap(Served, product(self.laws, seeds))
         if not self.oracle:
             return
-        paces = (1.0, 1.0 / AHEAD) if self.workload in place.slower else (1.0,)
-        yield from starmap(Served, product([self.oracle], seeds, paces))
+        yield from starmap(Served, product([self.oracle], seeds))
+        if self.workload in place.slower:
+            yield from starmap(Served, product([self.rival], seeds, [1.0 / AHEAD]))
         yield from starmap(Served, product([p for p in map(static, place.budgets) if p != self.oracle], seeds[:1]))
 
 
@@ -122,39 +134,46 @@ def cells_of(args: argparse.Namespace, place: Place, plant: Plant) -> Iterator[C
 
         if name not in known:
             backlog = requests(BACKLOG, BACKLOG, args.seed)
-            carried = throughput(simulate(plant, backlog, "predictive", loosest, args.seed, np.ones(1)))
-            n = max(round(carried * place.run_s * (0.5 if args.quick else 1.0)), place.least_requests)
-            known[name] = {"rate": OVERLOAD * carried, "n": n, "oracles": {}}
+            capacity = throughput(simulate(plant, backlog, "predictive", loosest, args.seed, np.ones(1)))
+            n = max(round(capacity * place.run_s * (0.5 if args.quick else 1.0)), place.least_requests)
+            known[name] = {"rate": OVERLOAD * capacity, "n": n, "oracles": {}, "rivals": {}}
             (args.out / PLAN).write_text(json.dumps(known, indent=1))
         load = known[name]
         drawn = [requests(load["rate"], load["n"], seed) for seed in range(args.seed, args.seed + args.seeds)]
         for slo in slos:
-            yield Cell(name, slo, args.policies, drawn, load["oracles"].get(str(slo), ""))
+            oracle, rival = (load.get(which, {}).get(str(slo), "") for which in ("oracles", "rivals"))
+            yield Cell(name, slo, args.policies, drawn, oracle, rival)
 
 
 def planned(out: Path) -> dict[str, dict[str, Any]]:
-    """By workload: the rate, the number of requests, and the oracle static by promise."""
+    """By workload: the rate, the number of requests, and by promise the oracle static and the rival."""
     return json.loads((out / PLAN).read_text()) if (out / PLAN).exists() else {}
 
 
-def with_oracle(out: Path, cell: Cell, plant: Plant) -> Cell:
-    """The cell with the static budget that is best at the machine's speed in the runs of its first law."""
-    if cell.oracle:
+def with_statics(out: Path, cell: Cell, plant: Plant) -> Cell:
+    """The cell with the static budgets that are best at the machine's speed in the runs of its first law."""
+    if cell.oracle and cell.rival:
         return cell
     runs = [cell.run_folder(out, Served(cell.laws[0], seed)) for seed in range(len(cell.requests))]
     slowdown = geometric_mean(speed(plant.step_time, read_live(folder, cell.slo).iterations) for folder in runs)
-    known, found = planned(out), oracle(plant, cell.requests, cell.slo, slowdown)
-    known[cell.workload]["oracles"][str(cell.slo)] = found
+    slower = [cell.requests_of(Served("", seed, 1.0 / AHEAD)) for seed in range(len(cell.requests))]
+    best = {
+        "oracles": cell.oracle or best_static(plant, cell.requests, cell.slo, slowdown, carried),
+        "rivals": cell.rival or best_static(plant, slower, cell.slo, slowdown, promptness),
+    }
+    known = planned(out)
+    for which, found in best.items():
+        known[cell.workload].setdefault(which, {})[str(cell.slo)] = found
     (out / PLAN).write_text(json.dumps(known, indent=1))
-    return cell._replace(oracle=found)
+    return cell._replace(oracle=best["oracles"], rival=best["rivals"])
 
 
-def oracle(plant: Plant, drawn: Sequence[Workload], slo: Slo, slowdown: float) -> str:
-    """The static budget of a ladder that carries most while it keeps the promise, by simulation."""
+def best_static(plant: Plant, drawn: Sequence[Workload], slo: Slo, slowdown: float, worth: Worth) -> str:
+    """The static budget of a ladder that is worth most while it keeps the promise, by simulation."""
     tile, most = plant.config.tile_tokens, plant.config.max_budget_tokens
     least = -(-plant.config.min_budget_tokens // tile) * tile
     rungs = np.arange(np.log(most / least) / np.log(LADDER) + 1)
-    carried = {}
+    found = {}
     for budget in sorted({min(int(least * LADDER**k) // tile * tile, most) for k in rungs}):
         simulations = [Simulation(plant, workload, seed) for seed, workload in enumerate(drawn)]
         for simulation in simulations:
@@ -162,8 +181,18 @@ def oracle(plant: Plant, drawn: Sequence[Workload], slo: Slo, slowdown: float) -
             simulation.run_static(budget, budget)
         outcomes = [simulation.outcome() for simulation in simulations]
         if all(within(outcome.tbt_s, slo.tbt_s or np.inf, slo.quantile) for outcome in outcomes):
-            carried[budget] = geometric_mean(map(throughput, outcomes))
-    return static(max(carried, key=lambda budget: carried[budget]) if carried else least)
+            found[budget] = worth(outcomes)
+    return static(max(found, key=lambda budget: found[budget]) if found else least)
+
+
+def carried(outcomes: Sequence[Outcome]) -> float:
+    """Requests a second."""
+    return geometric_mean(map(throughput, outcomes))
+
+
+def promptness(outcomes: Sequence[Outcome]) -> float:
+    """The less requests wait to be scheduled, the higher."""
+    return -float(np.mean([np.median(outcome.scheduling_delay_s) for outcome in outcomes]))
 
 
 def throughput(outcome: Outcome) -> float:

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.law_cells import LONG_PROMPTS
 from benchmarks.laws_live import Verdict, goals_of
-from benchmarks.live_plan import OVERLOAD, PLACES, Cell, cells_of, oracle
+from benchmarks.live_plan import OVERLOAD, PLACES, Cell, Served, best_static, carried, cells_of, promptness
 from engine.config import EngineConfig
 from envs.simulator import Plant, Simulation
 from envs.slo import Slo
@@ -18,14 +18,14 @@ from envs.trace import make_workload
 
 MODEL = StepTimeModel.from_formula((8e-3, 1e-4, 1e-8), (8e-3, 2e-4, 1e-8, 2e-8, 1e-4))
 PLANT = Plant(EngineConfig(), MODEL)
-CELL = Cell(LONG_PROMPTS, Slo(tbt_s=0.1), ["predictive"], [], "static:budget=64")
+CELL = Cell(LONG_PROMPTS, Slo(tbt_s=0.1), ["predictive"], [], "static:budget=64", "static:budget=512")
 
 
 @pytest.mark.parametrize("slowdown", [1.0, 1.3])
 def test_the_oracle_keeps_the_promise_and_a_larger_budget_does_not(slowdown: float) -> None:
     slo = Slo(tbt_s=0.06)
     drawn = [make_workload("poisson:50", "uniform:100-900,10-60", np.random.default_rng(s), 60) for s in range(2)]
-    found = int(oracle(PLANT, drawn, slo, slowdown).rpartition("=")[2])
+    found = int(best_static(PLANT, drawn, slo, slowdown, carried).rpartition("=")[2])
 
     def p99_s(budget: int) -> float:
         simulations = [Simulation(PLANT, workload, seed) for seed, workload in enumerate(drawn)]
@@ -35,6 +35,20 @@ def test_the_oracle_keeps_the_promise_and_a_larger_budget_does_not(slowdown: flo
         return max(float(np.quantile(simulation.outcome().tbt_s, 0.99)) for simulation in simulations)
 
     assert p99_s(found) <= 0.06 < p99_s(int(1.3 * found) // 16 * 16)
+
+
+def test_the_rival_lets_requests_wait_least() -> None:
+    """Another budget than the one that carries most, by a hair."""
+    drawn = [make_workload("poisson:4", "uniform:200-1800,10-30", np.random.default_rng(0), 60)]
+    slo = Slo(tbt_s=0.3)
+    budgets = [best_static(PLANT, drawn, slo, 1.0, worth) for worth in (carried, promptness)]
+    waits_s = []
+    for budget in budgets:
+        simulation = Simulation(PLANT, drawn[0], 0)
+        simulation.run_static(*[int(budget.rpartition("=")[2])] * 2)
+        waits_s.append(float(np.median(simulation.outcome().scheduling_delay_s)))
+        assert np.quantile(simulation.outcome().tbt_s, 0.99) <= 0.3
+    assert waits_s[1] < 0.95 * waits_s[0]
 
 
 def test_a_plan_is_made_once(tmp_path: Path) -> None:
@@ -61,7 +75,7 @@ def test_a_plan_is_made_once(tmp_path: Path) -> None:
 
 def verdict(live: list[float], tbt: list[float], delay_s: float = 1.0, simulated: float = 1.0) -> Verdict:
     n = len(live)
-    return Verdict(live, [simulated] * n, tbt, [1.0] * n, [delay_s] * n, [])
+    return Verdict(live, [simulated] * n, tbt, [1.0] * n, [delay_s] * n)
 
 
 STEADY = [1.0, 1.0, 1.0]
@@ -79,7 +93,7 @@ def test_the_oracle_is_to_be_reached_within_the_interval(carried: list[float], o
 @pytest.mark.parametrize(
     ("tbt", "delay_s", "slower_tbt", "slower_delay_s", "ok"),
     [
-        (0.98, 1.9, 0.7, 2.1, True),  # the oracle's queue is too long at the lower rate
+        (0.98, 1.9, 0.7, 2.1, True),  # the rival's queue is too long at the lower rate
         (0.98, 1.9, 1.1, 0.1, True),  # or its tokens are late
         (0.98, 1.9, 0.7, 1.9, False),  # its capacity may be as high as that
         (0.98, 2.1, 0.7, 3.0, False),  # the law's own rate is beyond its capacity
@@ -90,19 +104,22 @@ def test_the_oracle_is_to_be_reached_within_the_interval(carried: list[float], o
 def test_on_long_prompts_a_law_is_to_have_a_tenth_more_capacity(
     tbt: float, delay_s: float, slower_tbt: float, slower_delay_s: float, ok: bool
 ) -> None:
-    oracle = verdict(STEADY[:1], [1.0])
-    oracle.slower.append(verdict(STEADY[:1], [slower_tbt], slower_delay_s))
-    ahead = goals_of([CELL], [{"predictive": verdict(STEADY[:1], [tbt], delay_s), CELL.oracle: oracle}])[-1]
+    found = {
+        "predictive": verdict(STEADY[:1], [tbt], delay_s),
+        CELL.oracle: verdict(STEADY[:1], [1.0]),
+        Served(CELL.rival, 0, 1 / 1.1).name: verdict(STEADY[:1], [slower_tbt], slower_delay_s),
+    }
+    ahead = goals_of([CELL], [found])[-1]
     assert "1.1 times" in ahead.what
     assert ahead.ok == ok
 
 
-def test_the_oracle_of_long_prompts_is_served_at_a_lower_rate_too_on_a_gpu(tmp_path: Path) -> None:
+def test_the_rival_on_long_prompts_is_served_at_a_lower_rate_on_a_gpu(tmp_path: Path) -> None:
     drawn = make_workload("poisson:5", "uniform:100-900,10-60", np.random.default_rng(0), 20)
     cell = CELL._replace(requests=[drawn])
     runs = [*cell.runs(PLACES["cuda"])]
     (slower,) = (run for run in runs if run.pace < 1)
-    assert slower.policy == cell.oracle
+    assert slower.policy == cell.rival
     assert cell.requests_of(slower).arrival_s == pytest.approx(1.1 * drawn.arrival_s)
     assert len({cell.run_folder(tmp_path, run) for run in runs}) == len(runs)
     assert all(run.pace == 1 for run in cell.runs(PLACES["cpu"]))
