@@ -1,6 +1,7 @@
 """Laws against static budgets and clairvoyance: capacity and TTFT, on fifteen steady cells and three that shift.
 
     python -m benchmarks.laws_table [--traces FOLDER] [--out FOLDER] [--policies LAW ...] [--dead-times 1 2] [--quick]
+        [--profile FILE]
 
 The oracle static of a cell is the best of a ladder of whole tiles, 6 % apart, for that cell alone; the best single
 static is the one of the ladder with the highest geometric mean over all cells. Capacities are searched to 1 %, on the
@@ -11,7 +12,9 @@ done again.
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +59,7 @@ class Contest(NamedTuple):
 def main() -> None:
     args = arguments()
     contest = Contest(
-        Setting.of(args),
+        replace(Setting.of(args), profile=args.profile),
         [cell for cell in (*STEADY_CELLS, *SHIFTING_CELLS) if _chosen(cell, args)],
         entries_of(args.policies, args.dead_times),
         range(args.seed, args.seed + args.seeds),
@@ -76,6 +79,9 @@ def arguments() -> argparse.Namespace:
     flags = parser(__doc__, "laws-table")
     flags.add_argument("--workloads", nargs="+", metavar="NAME", help='only these, such as "azure conv" day')
     flags.add_argument("--slos-ms", type=int, nargs="+", metavar="MS", help="only cells of these SLOs")
+    flags.add_argument(
+        "--profile", type=Path, help="another plant's step-time model and capacities, from pacer profile"
+    )
     return flags.parse_args()
 
 
