@@ -110,11 +110,12 @@ def main() -> None:
 
 
 def speeds(model: StepTimeModel, iterations: Iterations) -> tuple[float, float]:
-    """How much longer a run's decode-only and its mixed iterations took than predicted."""
+    """How much longer a run's decode-only and its mixed iterations took than predicted; 1 where it has none."""
     known, mixed = ~np.isnan(iterations.seconds), iterations.prefill_tokens > 0
     predicted_s = predict(model, iterations)
     decode_only, other = (
-        float(iterations.seconds[rows].sum() / predicted_s[rows].sum()) for rows in (known & ~mixed, known & mixed)
+        float(iterations.seconds[rows].sum() / predicted_s[rows].sum()) if rows.any() else 1.0
+        for rows in (known & ~mixed, known & mixed)
     )
     return decode_only, other
 

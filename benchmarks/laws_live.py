@@ -8,9 +8,9 @@ last token, are what a policy carries: its capacity if it keeps the promise. Sta
 the simulator finds on these very requests at the machine's speed under the law, stand beside it; a budget's run serves
 for every promise. On a GPU with long prompts, the budget of those that keep the promise under which requests wait least
 (by the same simulation) is served at 1 / 1.1 of the rate, too: a law that keeps to what defines a capacity
-(`profiles.capacity`) at the whole rate, while this rival does not at the lower one, has 1.1 times the capacity of any
-static budget at least. The simulator gets the requests as they arrived, the engine as its telemetry describes it, the
-profile, and one number of each run, the speed of the machine in it (as in `benchmarks.fidelity`).
+(`profiles.capacity`) at the whole rate, while this rival does not at the lower one, has on these requests 1.1 times the
+capacity of any static budget at least. The simulator gets the requests as they arrived, the engine as its telemetry
+describes it, the profile, and one number of each run, the speed of the machine in it (as in `benchmarks.fidelity`).
 
 On a CPU the built-in model serves, lengths are a tenth, and the promise suits the machine; on a GPU it is Mistral-7B's
 shape at 25, 40 and 100 ms. Without --profile the machine is measured first. Runs that the folder holds are not made
@@ -45,7 +45,7 @@ from benchmarks.live_plan import (
     throughput,
     with_statics,
 )
-from benchmarks.live_runs import read_live, start
+from benchmarks.live_runs import read_live, served, start
 from engine.config import EngineConfig
 from envs.simulator import Plant
 from envs.step_time import StepTimeModel
@@ -56,7 +56,6 @@ from profiles.results import Comparison, Run, histogram
 from profiles.tune_flags import Capacities
 
 AS_SIMULATED = 0.05
-SERVED = "bench.json"
 
 
 class Verdict(NamedTuple):
@@ -81,7 +80,7 @@ class Verdict(NamedTuple):
 
     @property
     def beyond(self) -> list[bool]:
-        """Whether it is beyond. Neither, if the delay is not known."""
+        """Whether it is beyond; a delay that is not known does not say so."""
         return [tbt > 1 or delay_s > MAX_DELAY_S for tbt, delay_s in zip(self.tbt, self.delay_s, strict=True)]
 
 
@@ -95,7 +94,7 @@ def main() -> None:
     plant = Plant(EngineConfig(**msgspec.structs.asdict(Capacities.of(profile))), model)
     cells = list(cells_of(args, place, plant))
     serve_missing(args, cells, place, profile)
-    cells = [with_statics(args.out, cell, plant) for cell in cells]
+    cells = [with_statics(args.out, cell, place, plant) for cell in cells]
     serve_missing(args, cells, place, profile)
     for cell in cells:
         present_runs(args, cell, place)
@@ -149,10 +148,6 @@ def serve_missing(args: argparse.Namespace, cells: Sequence[Cell], place: Place,
             engine.replay_under(run.policy, slo, cell.requests_of(run), folder, *flags)
 
 
-def served(folder: Path) -> bool:
-    return (folder / SERVED).exists() and not json.loads((folder / SERVED).read_text())["interrupted"]
-
-
 def present_runs(args: argparse.Namespace, cell: Cell, place: Place) -> None:
     """Write the report of a cell's runs."""
     runs = [run_of(args.out, cell, run) for run in cell.runs(place) if run.pace == 1.0]
@@ -165,7 +160,7 @@ def present_runs(args: argparse.Namespace, cell: Cell, place: Place) -> None:
 
 def run_of(out: Path, cell: Cell, run: Served) -> Run:
     folder = cell.run_folder(out, run)
-    live, summary = read_live(folder, cell.slo), json.loads((folder / SERVED).read_text())
+    live, summary = read_live(folder, cell.slo), json.loads((folder / "bench.json").read_text())
     ttft_p50_s, ttft_p99_s = np.quantile(live.ttft_s, (0.5, 0.99)).tolist()
     tbt_p50_s, tbt_p99_s = np.quantile(live.tbt_s, (0.5, 0.99)).tolist()
     figures = {

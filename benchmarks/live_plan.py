@@ -70,7 +70,8 @@ class Served(NamedTuple):
 
     @property
     def folder(self) -> str:
-        return f"{self.policy.replace(':', '-')}-{self.seed}{'' if self.pace == 1.0 else '-slower'}"
+        slower = "" if self.pace == 1.0 else f"-slower-{1.0 / self.pace:g}"
+        return f"{self.policy.replace(':', '-')}-{self.seed}{slower}"
 
 
 class Cell(NamedTuple):
@@ -150,22 +151,22 @@ def planned(out: Path) -> dict[str, dict[str, Any]]:
     return json.loads((out / PLAN).read_text()) if (out / PLAN).exists() else {}
 
 
-def with_statics(out: Path, cell: Cell, plant: Plant) -> Cell:
+def with_statics(out: Path, cell: Cell, place: Place, plant: Plant) -> Cell:
     """The cell with the static budgets that are best at the machine's speed in the runs of its first law."""
-    if cell.oracle and cell.rival:
+    rivals = cell.workload in place.slower
+    if cell.oracle and (cell.rival or not rivals):
         return cell
     runs = [cell.run_folder(out, Served(cell.laws[0], seed)) for seed in range(len(cell.requests))]
     slowdown = geometric_mean(speed(plant.step_time, read_live(folder, cell.slo).iterations) for folder in runs)
-    slower = [cell.requests_of(Served("", seed, 1.0 / AHEAD)) for seed in range(len(cell.requests))]
-    best = {
-        "oracles": cell.oracle or best_static(plant, cell.requests, cell.slo, slowdown, carried),
-        "rivals": cell.rival or best_static(plant, slower, cell.slo, slowdown, promptness),
-    }
+    cell = cell._replace(oracle=cell.oracle or best_static(plant, cell.requests, cell.slo, slowdown, carried))
+    if rivals:
+        slower = [cell.requests_of(Served("", seed, 1.0 / AHEAD)) for seed in range(len(cell.requests))]
+        cell = cell._replace(rival=cell.rival or best_static(plant, slower, cell.slo, slowdown, promptness))
     known = planned(out)
-    for which, found in best.items():
-        known[cell.workload].setdefault(which, {})[str(cell.slo)] = found
+    known[cell.workload]["oracles"][str(cell.slo)] = cell.oracle
+    known[cell.workload].setdefault("rivals", {})[str(cell.slo)] = cell.rival
     (out / PLAN).write_text(json.dumps(known, indent=1))
-    return cell._replace(oracle=best["oracles"], rival=best["rivals"])
+    return cell
 
 
 def best_static(plant: Plant, drawn: Sequence[Workload], slo: Slo, slowdown: float, worth: Worth) -> str:

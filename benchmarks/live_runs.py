@@ -34,7 +34,7 @@ CALIBRATION = 1000  # seeds from here on
 class Live:
     """What the live engine did with one workload under one policy. Iterations end `ended_s` after the first arrival.
 
-    `delay_s` are the scheduling delays; NaN if one was preempted: telemetry does not say whose prompt begins anew.
+    `delay_s` are the scheduling delays; NaN if one was preempted, as nothing tells whose prompt begins anew.
     """
 
     workload: Workload
@@ -86,7 +86,7 @@ def read_live(folder: Path, slo: Slo) -> Live:
     )
     gaps = [np.diff(t[1:]) for *_, t in ended]
     met = [slo.met(t[0], gap, t[-1] - arrival * 1e-9) for (arrival, *_, t), gap in zip(ended, gaps, strict=True)]
-    known = len(began_ns) == len(ended)
+    known = len(began_ns) == len(ended) and messages[-1]["preemptions"] == messages[0]["preemptions"]
     delay_s = (np.array(began_ns) - [arrival for arrival, *_ in ended]) * 1e-9 if known else np.full(len(ended), np.nan)
     duration_s = max(t[-1] for *_, t in ended) - first_ns * 1e-9
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -113,10 +113,16 @@ def start(verb: str, *flags: str) -> BaseProcess:
     return process
 
 
+def served(folder: Path) -> bool:
+    """Whether it holds a run that was not interrupted."""
+    summary = folder / "bench.json"
+    return summary.exists() and not json.loads(summary.read_text())["interrupted"]
+
+
 def run_live(engine: LiveEngine, out: Path, cell: Cell, workload: Workload, slo: Slo) -> Live:
     """The live run, or what was stored of it before."""
     folder = out / cell.folder
-    if not (folder / "bench.json").exists():
+    if not served(folder):
         engine.replay_under(cell.policy, slo, workload, folder)
     return read_live(folder, slo)
 

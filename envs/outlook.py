@@ -110,20 +110,25 @@ def served(
 
     `begun` and `waiting` are all that there are; `room` is what admission finds, seats and tokens of the KV cache.
     Requests are admitted in their order, so the first that does not fit holds up all behind it. It takes its prompt's
-    tokens at least; and it did not fit if this batch left some of its budget `unspent` while it waited.
+    tokens at least; and it did not fit if this batch left some of its budget `unspent` while it waited. It may fit
+    soon. As whoever comes to fill a batch is taken to have no context, nobody counts as held up where the prefix cache
+    has some.
     """
     seats, free_tokens = room
-    first, none_fits = int(min(max(begun, 0.0), n)), waiting > 0.0 and unspent_tokens > 0.0
+    # Where all are listed those that wait are the last; `begun` counts, in a pipeline, who decodes in other batches.
+    first = int(max(n - waiting if n < MOST_PROMPTS else min(begun, n), 0.0))
+    none_fits, cached = waiting > 0.0 and unspent_tokens > 0.0, 0.0
     fit, fit_tokens, waiting_listed = n, 0.0, 0.0
     for i in range(first, n):
         waiting_listed += prompts[REMAINING, i]
+        cached += prompts[START, i]
         if fit == n and (none_fits or i - first >= seats or waiting_listed > free_tokens):
             fit, fit_tokens = i, waiting_listed - prompts[REMAINING, i]
     behind = behind_tokens = 0.0
     if n == MOST_PROMPTS and begun + waiting > n:
         behind = begun + waiting - n
         behind_tokens = max(waiting_tokens - waiting_listed, behind)
-    if none_fits or fit < n:
+    if cached == 0.0 and (none_fits or fit < n):
         return fit, 0.0, 0.0, n - fit + behind, waiting_listed - fit_tokens + behind_tokens
     return n, behind, behind_tokens, 0.0, 0.0
 

@@ -28,7 +28,7 @@ class Pid:
     with r = set_point * SLO: the model's own budget is that of L = r, and L / r is what feedback makes of it. The model
     may be wrong, in all or in parts, and follows the machine (`StepCosts`); without one, time counts as proportional to
     tokens. c_i is what the batch cost, or what it was foreseen to cost where that is less, so that the loop answers for
-    errors of foresight too, and for a machine that has changed since.
+    errors of foresight too. Where the machine has become slower since, it is careful until the window has passed.
 
     Referring each TBT to the limit of now keeps the window from making the loop chase its own past, and makes the loop
     gain 1 whatever the machine and the dead time. P and D act on the measurement, and the form is that of velocity

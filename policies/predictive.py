@@ -119,8 +119,17 @@ class Predictive:
         return limit_s, f"{1e3 * limit_s:.1f} allowed, {why}"
 
     def _even_s(self, outlook: Outlook) -> float:
-        """Mean seconds of a microbatch beside which the pipeline's others do not run out of prompts."""
+        """Mean seconds of a microbatch beside which the pipeline's others do not run out of prompts.
+
+        Those held up count: they may be begun in it.
+        """
         decodes, speed = outlook.decodes, self._speed.speed
+        outlook = outlook._replace(
+            behind_requests=outlook.behind_requests + outlook.held_requests,
+            behind_tokens=outlook.behind_tokens + outlook.held_tokens,
+            held_requests=0,
+            held_tokens=0,
+        )
         whole, small = decodes + outlook.prompt_tokens, decodes + SMALL_TOKENS
         alone_s, whole_s, small_s = (self._chooser.step_s(outlook, n, speed) for n in (decodes, whole, small))
         return max(alone_s + (whole_s - alone_s) / (SPREAD * self._stages), small_s)

@@ -3,14 +3,20 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from benchmarks.law_cells import LONG_PROMPTS
 from benchmarks.laws_live import Verdict, goals_of
 from benchmarks.live_plan import OVERLOAD, PLACES, Cell, Served, best_static, carried, cells_of, promptness
+from benchmarks.live_runs import read_live
 from engine.config import EngineConfig
+from engine.protocol import Telemetry
 from envs.simulator import Plant, Simulation
 from envs.slo import Slo
 from envs.step_time import StepTimeModel
@@ -35,6 +41,30 @@ def test_the_oracle_keeps_the_promise_and_a_larger_budget_does_not(slowdown: flo
         return max(float(np.quantile(simulation.outcome().tbt_s, 0.99)) for simulation in simulations)
 
     assert p99_s(found) <= 0.06 < p99_s(int(1.3 * found) // 16 * 16)
+
+
+@pytest.mark.parametrize("kv_blocks", [4096, 70])
+def test_the_scheduling_delay_is_read_from_a_journal(kv_blocks: int, tmp_path: Path) -> None:
+    """Unless a request was preempted, whose prompt then begins again."""
+    config = EngineConfig(kv_blocks=kv_blocks, max_requests=8, max_model_tokens=1100)
+    drawn = make_workload("poisson:20", "uniform:100-900,10-60", np.random.default_rng(0), 40)
+    simulation = Simulation(Plant(config, MODEL), drawn)
+    rows = list[dict[str, Any]]()
+
+    def decide(heard: Telemetry, now_ns: int) -> tuple[int, int, str]:
+        rows.append({"telemetry": msgspec.to_builtins(heard)})
+        return 256, 256, "fixed"
+
+    simulation.run_law(decide)
+    (tmp_path / "journal").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "journal" / "part-00000.parquet")
+    live, outcome = read_live(tmp_path, Slo(tbt_s=0.1)), simulation.outcome()
+    assert (outcome.preemptions > 0) == (kv_blocks == 70)
+    if outcome.preemptions:
+        assert np.isnan(live.delay_s).all()
+    else:
+        assert live.delay_s == pytest.approx(outcome.scheduling_delay_s, abs=1e-6)
+        assert live.delay_s.max() > 0.1
 
 
 def test_the_rival_lets_requests_wait_least() -> None:

@@ -165,6 +165,22 @@ def test_those_for_whom_there_is_no_room_are_not_served(
     assert outlook.held_requests == 4 - len(left)
 
 
+def test_who_decodes_in_other_microbatches_has_begun_no_prompt() -> None:
+    """40 run, 10 of them decode in this batch, 30 in others; no seat is free for the five who wait."""
+    queue = QueueState(40, 5, 500, 1.0, (100,) * 5, (0,) * 5)
+    heard = telemetry(BatchComposition(10, 10_000), queue, max_requests=40)
+    outlook = foresee(under(heard, 10))
+    assert len(outlook.prompts) == 0
+    assert (outlook.held_requests, outlook.held_tokens) == (5, 500)
+
+
+def test_a_prompt_that_the_prefix_cache_holds_is_foreseen_even_without_room() -> None:
+    """Should a seat become free, its context would be in the batch; others that fill it have none."""
+    queue = QueueState(2, 2, 900, 1.0, (600, 300), (30_000, 0))
+    heard = telemetry(BatchComposition(2, 2000), queue, max_requests=2)
+    assert foresee(under(heard, 2)).prompts.tolist() == [[600, 30_000], [300, 0]]
+
+
 @pytest.mark.parametrize("dead_time", [1, 2, 3])
 def test_a_full_kv_cache_lets_nobody_past_the_prompts_that_run(dead_time: int) -> None:
     """Who waits is short and would be served first, if the long one at the head of the queue were not in the way."""

@@ -13,7 +13,7 @@ from test_gpu_benchmarks import PIPELINE, TRUTH
 from test_peers import completion, telemetry
 
 from engine.config import EngineConfig
-from engine.protocol import BatchComposition, InForce, QueueState, Telemetry
+from engine.protocol import BatchComposition, InForce, QueueState, StageTimes, Telemetry
 from envs.outcome import Outcome
 from envs.simulator import Plant, Simulation
 from envs.slo import Slo
@@ -24,7 +24,7 @@ from policies.account import SAVED
 from policies.catalogue import parse_law
 from policies.guard import Guard
 from policies.policy import Decision
-from policies.predictive import CROWDED, Predictive
+from policies.predictive import CROWDED, SMALL_TOKENS, Predictive
 
 H200 = StepTimeModel.from_formula((4.71e-3, 7.3e-6, 35e-9), (1.27e-3, 20.9e-6, 45.5e-9, 1.045e-9, 0.28e-3))
 MACHINE = H200.with_noise(0.04)
@@ -245,6 +245,23 @@ def test_where_few_decodes_feel_it_more_is_risked() -> None:
     assert allowed_ms == sorted(allowed_ms, reverse=True)
     assert allowed_ms[2] == pytest.approx(40 * np.exp(-z * 0.04), rel=0.02)
     assert allowed_ms[0] == pytest.approx(40 * np.exp(-np.sqrt(z**2 - 2 * np.log(10)) * 0.04), rel=0.02)
+
+
+def test_in_a_pipeline_prompts_that_are_held_up_leave_the_law_its_batches() -> None:
+    """They may be begun in the very batch that the answer acts on."""
+    stages = tuple(StageTimes(0.01, 0.0, 2) for _ in range(2))
+    done = msgspec.structs.replace(completion(10**9, {0: 0.02}), iteration=1, stages=stages)
+    batch = BatchComposition(2, 2000)
+    queue = QueueState(4, 3, 9000, 1.0, (3000,) * 3, (0,) * 3)
+    budgets = []
+    for max_requests in (64, 4):
+        heard = telemetry(batch, queue, max_requests=max_requests)
+        heard = msgspec.structs.replace(heard, knobs=InForce(2, 2, 1, 0, "controller"))
+        law = Predictive(heard, Slo(tbt_s=0.2), MACHINE)
+        law.decide(heard)
+        budgets.append(law.decide(msgspec.structs.replace(heard, iteration=2, completed=(done,))).budget_tokens)
+    assert budgets[1] == pytest.approx(budgets[0], rel=0.1)
+    assert budgets[1] > SMALL_TOKENS
 
 
 def test_no_second_prompt_is_begun_beside_the_first_when_the_kv_cache_is_full() -> None:
