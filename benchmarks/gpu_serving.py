@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.live_runs import start
+from benchmarks.live_runs import served, start
 from benchmarks.model_folder import write_folder
 from benchmarks.report import report
 from benchmarks.vllm_server import vllm_server
@@ -93,7 +93,7 @@ def serve_all(engine: str, args: argparse.Namespace) -> None:
     left = [
         (rate, budget)
         for rate, budget in product(args.rates, args.budgets)
-        if not (run_folder(args.out, engine, rate, budget) / "bench.json").exists()
+        if not served(run_folder(args.out, engine, rate, budget))
     ]
     if not left:
         return
