@@ -42,7 +42,7 @@ class Ranks:
         about |= measured_on(self._source, self.config, self.attention)
         model = fit_samples(samples, self.config, about)
         model.save(path)
-        print(f"{len(samples.judged)} batches ({samples.ended}): {model.description.held_out}", flush=True)
+        print(f"{len(samples.purposes)} batches ({samples.ended}): {model.description.held_out}", flush=True)
         return model
 
     def iteration_s(self, point: Point) -> float:

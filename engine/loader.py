@@ -109,6 +109,7 @@ def _settle_on_gpu(
             slow = slower_than_larger(runner.graphs.times_ms)
             # Ranks pad to the same sizes: what is slow on one of them is dropped on all.
             runner.graphs.drop([shape for shape in graphs if not smallest(int(shape not in slow))])
+        runner.load_kernels()
         rehearse(runner, compute)
     except (torch.OutOfMemoryError, OutOfDeviceMemory) as error:
         token_bytes = kv_bytes_per_token(runner.model, runner.transformer.dtype.itemsize, runner.shard)

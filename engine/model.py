@@ -70,6 +70,18 @@ class Transformer:
         assert y is not None
         return self._logits(residual, y) if self.shard.is_last else residual.add_(y)
 
+    def multiply(self, n_tokens: int, *, sampled: bool) -> None:
+        """Multiply with each kind of matrix as a step of so many tokens does, the head's if so many may be sampled."""
+        layer, x = self.layers[-1], torch.zeros(n_tokens, self.model.hidden_size, dtype=self.dtype, device=self.device)
+        layer.qkv(x)
+        y, attended = self._mlp(layer, x), x.new_zeros(n_tokens, self.n_heads * self.model.head_dim)
+        if self.model.parallel_attention:
+            layer.o.add_to(y, attended)
+        else:
+            layer.o(attended)
+        if sampled and self.shard.is_last:
+            torch.mm(x, self.head)
+
     def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self.shard.tp_size == 1:
             return self.embedding.index_select(0, token_ids)

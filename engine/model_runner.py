@@ -21,7 +21,7 @@ from engine.request import Batch, StepResult
 from engine.sampler import Draws, draw, sample
 from engine.shard import SINGLE, WHOLE, Collectives, Shard
 from engine.step_input import StepInput, even_step, step_input
-from engine.step_shapes import StepShape, graph_shapes
+from engine.step_shapes import StepShape, graph_shapes, product_sizes
 from engine.weights import Weights
 
 _CPU = torch.device("cpu")
@@ -116,6 +116,16 @@ class ModelRunner:
         self._hidden = torch.zeros(size, dtype=self.transformer.dtype, device=self.device)
         outputs = self.config.max_requests if self.shard.is_last else shapes[0].n_tokens
         self.graphs = CudaGraphs(shapes, outputs, self._fill, self._compute_static, lambda: self.clock() * _S_PER_NS)
+
+    @torch.inference_mode()
+    def load_kernels(self) -> None:
+        """Have the matrix kernels of all sizes loaded, which libraries choose by size.
+
+        CUDA loads a kernel at its first use, and then the host waits until the device is idle: a launch is late by as
+        long as the steps in flight take, and so are their tokens.
+        """
+        for n_tokens in product_sizes(self.config.max_budget_tokens):
+            self.transformer.multiply(n_tokens, sampled=n_tokens <= self.config.max_requests)
 
     def launch(self, batch: Batch) -> "Pending":
         """Start computing: a CUDA device has all of it then, a CPU begins when the result is asked for.

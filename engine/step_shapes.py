@@ -76,6 +76,15 @@ def graph_shapes(max_requests: int, max_budget_tokens: int, max_model_tokens: in
     return sorted(shapes, key=lambda shape: shape.n_tokens, reverse=True)
 
 
+def product_sizes(most_tokens: int) -> list[int]:
+    """Numbers of tokens among which each kernel for matrix products has its own, ascending.
+
+    Their tiles are multiples of 8 tokens, of which every step up to some hundred picks another; then coarser.
+    """
+    sizes = {1, 2, 4, most_tokens, *range(8, 1025, 8), *range(1024, 2049, 16), *range(2048, 4097, 32)}
+    return sorted(size for size in sizes | set(range(4096, most_tokens, 64)) if size <= most_tokens)
+
+
 def slower_than_larger(times_ms: Mapping[StepShape, float]) -> set[StepShape]:
     """Shapes that a larger one of their kind does better than: libraries have poor kernels for some sizes.
 

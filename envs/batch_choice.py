@@ -10,11 +10,12 @@ import numpy as np
 from engine.compiled import compiled
 from envs.machine_speed import N_PARTS, N_SIZES, Speed, as_run
 from envs.outlook import Outlook
-from envs.step_mean import FloatArray
+from envs.step_mean import FloatArray, sized_tokens
 
 SHARES = 8.0  # a chunk is no smaller than the budget over that
 CROWDED = 0.9  # of the KV cache: no more prompts are begun side by side
 WORTH = 1.3  # times the gain of the whole budget, before prompts share it
+LEAST_SIZE = 0.5  # of the largest that fits, where a smaller one computes more tokens a second
 COMPANY = 10.0  # requests that feel an iteration's lost time: those that wait, and arrive before the queue is empty
 AS_PROFILED = np.ones(N_PARTS), np.zeros(N_SIZES)
 
@@ -30,7 +31,9 @@ class Choice(NamedTuple):
 class BatchChooser:
     """Finds the knobs for an outlook.
 
-    The budget is the largest whose batch would take `limit_s` if prompts came to fill it. It is shared out evenly among
+    The budget is the largest whose batch would take `limit_s` if prompts came to fill it; or, where the model tells of
+    sizes that are served better than others and what waits fills the batch, the one of down to `LEAST_SIZE` of it that
+    computes most prompt tokens a second, attention counting the same for each. It is shared out evenly among
     the first one, two, four or eight prompts, by the chunk; the shares that gain most per second are taken:
 
         gain = sum over the batch's prompts of (tokens computed / tokens left)
@@ -140,6 +143,24 @@ def _largest_budget(
 
 
 @compiled
+def _best_size(machine: Machine, decodes: Decodes, prompts: Prompts, largest: int, tile: int) -> int:
+    whole = largest - decodes[0]
+    if LEAST_SIZE * largest >= sized_tokens(machine[0]) or whole <= 0.0:
+        return largest
+    requests, computed, attention, _ = _load(prompts, whole, whole)
+    if computed < whole:
+        return largest
+    best, fastest = largest, 0.0
+    for budget in range(largest, int(max(LEAST_SIZE * largest, decodes[0])), -tile):
+        tokens = budget - decodes[0]
+        share = tokens / whole
+        rate = tokens / _seconds(machine, decodes, max(share * requests, 1.0), tokens, share * attention)
+        if rate > fastest:
+            best, fastest = budget, rate
+    return best
+
+
+@compiled
 def _chunk(tokens: float, shares: float, tile: int) -> float:
     return float(max(np.floor(tokens / shares / tile), 1.0) * tile)
 
@@ -160,6 +181,7 @@ def choose(
     shares = 1.0
     while shares <= most_shares:
         budget = _largest_budget(machine, decodes, prompts, limit_s, tile, most_tiles, shares)
+        budget = _best_size(machine, decodes, prompts, budget, tile)
         tokens = max(budget - decodes[0], 0.0)
         chunk = float(budget) if shares == 1.0 else _chunk(tokens, shares, tile)
         requests, computed, attention, gain = _load(prompts, tokens, chunk)

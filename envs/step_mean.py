@@ -8,7 +8,7 @@ from engine.compiled import compiled
 FloatArray = NDArray[np.float64]
 
 LEAST_S = 1e-6
-_HEAD, _CURVES = 9, 7  # entries before the curves, and how many those are (`envs.step_time._packed`)
+_HEAD, _CURVES = 11, 7  # entries before the curves, and how many those are (`envs.step_time._packed`)
 
 
 @compiled
@@ -25,6 +25,18 @@ def _curve(c: FloatArray, at: int, pieces: int, x: float) -> float:
     for i in range(at, at + 3 * pieces, 3):
         seconds += c[i + 2] * min(max(x - c[i], 0.0), c[i + 1])
     return seconds
+
+
+@compiled
+def sized_tokens(coefficients: FloatArray) -> float:
+    """Up to how many tokens sizes have factors of their own (`Regime.size_factors`): more can take less time there."""
+    return float(coefficients[9] * coefficients[10])
+
+
+@compiled
+def _size_factor(c: FloatArray, at: int, tokens: float) -> float:
+    size = int(np.ceil(tokens / c[9])) - 1
+    return float(c[at + size]) if size < c[10] else 1.0
 
 
 @compiled
@@ -53,6 +65,7 @@ def step_parts(
         tokens = _padded(c, c[6], int(c[7]), sizes + int(c[4]), float(decodes + prefill_tokens))
         mixed_s = c[5] + _curve(c, at, pieces, tokens) + _curve(c, at + width, pieces, float(decodes))
         mixed_s += _curve(c, at + 3 * width, pieces, float(prefill_requests))
+        mixed_s *= _size_factor(c, sizes + int(c[4]) + int(c[7]), float(decodes + prefill_tokens))
         context_s = _curve(c, at + 2 * width, pieces, context)
         # The keys L + c that a chunk sees, exact if the batch's chunks are alike: from W = n c (L + c/2).
         keys = prefill_attention_tokens2 / prefill_tokens + 0.5 * prefill_tokens / max(float(prefill_requests), 1.0)

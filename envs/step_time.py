@@ -8,8 +8,10 @@ For attention shares queries among multiprocessors, not the keys that they see: 
 takes as long as one that does. Of a batch only sums are known, so its chunks count as alike.
 
 f, g and h are piecewise linear and never fall: nor does the mean when chunks alike get longer, deeper or more. Tokens
-may be padded to CUDA graph sizes and GEMM tiles: then f is a staircase. An iteration's time is the mean times a random
-factor of its regime, of mean 1. `envs.step_time_fit` fits it all.
+may be padded to CUDA graph sizes and GEMM tiles: then f is a staircase. Matrix kernels also serve some numbers of
+tokens better than their neighbours; where that was measured, mixed iterations (all but attention) take a factor more
+or less by their size, and can take less time for more tokens. An iteration's time is the mean times a random factor of
+its regime, of mean 1. `envs.step_time_fit` fits it all.
 """
 
 import re
@@ -62,7 +64,9 @@ class Regime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `tokens` are decode and prefill tokens together, padded up to the next of `padded_sizes`, and above the largest of
     them to a multiple of `tile_tokens`. `fill_tokens` is 0 where attention shares out keys as well, or computes one
-    query after the other. `measured` is None for a formula, which knows no range.
+    query after the other. A mixed iteration of more than i, and at most i + 1, times `size_tokens` tokens takes
+    `size_factors[i]` times what its curves say (but for attention), beyond the last factor just that. `measured` is
+    None for a formula, which knows no range.
     `residuals` are 256 equally likely factors time / mean: ascending, of mean 1.
     """
 
@@ -75,6 +79,8 @@ class Regime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     padded_sizes: tuple[float, ...] = ()
     tile_tokens: int = 1
     fill_tokens: float = 0.0
+    size_tokens: int = 16
+    size_factors: tuple[float, ...] = ()
     measured: Range | None = None
     residuals: tuple[float, ...] = QUIET
 
@@ -84,6 +90,10 @@ class Regime(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(
                 f"fixed_s {self.fixed_s}, tile_tokens {self.tile_tokens}, fill_tokens {self.fill_tokens}, padded_sizes "
                 f"{self.padded_sizes}: give times and tokens of at least 0, a tile of at least 1 and ascending sizes"
+            )
+        if not (self.size_tokens >= 1 and all(0 < factor < np.inf for factor in self.size_factors)):
+            raise ValueError(
+                f"size_tokens {self.size_tokens}, size_factors {self.size_factors}: give 1 or more, and factors above 0"
             )
         r = np.array(self.residuals)
         if r.shape != (N_RESIDUALS,) or not (r > 0).all() or (np.diff(r) < 0).any() or abs(r.mean() - 1) > 1e-6:
@@ -116,6 +126,8 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for name in set(CURVES) - set(DECODE_ONLY_CURVES):
             if getattr(self.decode_only, name) != Curve():
                 raise ValueError(f"a decode-only iteration has no {name} beside its tokens: leave that curve out")
+        if self.decode_only.size_factors:
+            raise ValueError("size_factors are of mixed iterations alone: leave them out of decode_only")
 
 
 class _Versioned(msgspec.Struct):
@@ -124,7 +136,8 @@ class _Versioned(msgspec.Struct):
 
 def _packed(d: Description) -> FloatArray:
     """Flat: whether mixed is at least decode-only, pieces of a curve, of each regime (fixed, tile, number of sizes),
-    `fill_tokens`; then the curves, piece by piece (start, width, slope), all filled up to one length; then the sizes.
+    `fill_tokens`, `size_tokens`, number of size factors; then the curves, piece by piece (start, width, slope), all
+    filled up to one length; then the sizes, and the size factors.
     """
     curves = [getattr(d.decode_only, name) for name in DECODE_ONLY_CURVES] + [getattr(d.mixed, name) for name in CURVES]
     table = np.zeros((len(curves), max(len(curve.starts) for curve in curves), 3))
@@ -135,8 +148,9 @@ def _packed(d: Description) -> FloatArray:
     head = [float(d.mixed_at_least_decode_only), table.shape[1]]
     for regime in (d.decode_only, d.mixed):
         head += [regime.fixed_s, regime.tile_tokens, len(regime.padded_sizes)]
-    head.append(d.mixed.fill_tokens)
-    return np.concatenate([head, table.ravel(), d.decode_only.padded_sizes, d.mixed.padded_sizes])
+    head += [d.mixed.fill_tokens, d.mixed.size_tokens, len(d.mixed.size_factors)]
+    sizes = (d.decode_only.padded_sizes, d.mixed.padded_sizes, d.mixed.size_factors)
+    return np.concatenate([head, table.ravel(), *sizes])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,8 +3,8 @@
 Decode-only and mixed iterations are fitted apart, each by non-negative least squares on piecewise-linear features:
 relative errors, Huber's weights, so that a few wild rows do not matter, and a penalty on changes of slope. Rows whose
 time stamps cannot be trusted one by one enter as sums (`envs.iterations.stretches`). How stiff the curves are,
-whether tokens are padded to CUDA graph sizes or tiles, and how many fill the device, is what predicts left-out runs
-best.
+whether tokens are padded to CUDA graph sizes or tiles, how many fill the device, and whether what was measured size by
+size tells of other batches, is what predicts left-out runs best.
 """
 
 import functools
@@ -19,6 +19,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from envs.iterations import COMPOSITION, BoolArray, FloatArray, IntArray, Iterations, Stretches, stretches
+from envs.step_mean import step_parts
 from envs.step_time import N_RESIDUALS, VERSION, Curve, Description, Range, Regime, StepTimeModel
 from envs.step_time_error import predict
 
@@ -26,6 +27,8 @@ from envs.step_time_error import predict
 GRAPH_SIZES = (1.0, 2.0, 4.0, *map(float, range(8, 256, 8)), *map(float, range(256, 513, 16)))
 TILES = (16, 64, 128, 256)
 FILLS = tuple(2.0**i for i in range(6, 13))  # and a quarter less or more than the best of them
+SIZE_TOKENS = 16  # of `Regime.size_tokens`: engines cut budgets to tiles of so many
+UNSIZED = ("decode_context_tokens", "prefill_attention_tokens2")  # attention: its kernels have tiles of their own
 STIFFNESS = (0.001, 0.01, 0.1, 1.0)
 STANDARD_ERRORS = 2.0  # by which a staircase (a discontinuity to every law) or a fill must lower the held-out error
 KNOTS = 2
@@ -44,6 +47,12 @@ class Shape(NamedTuple):
     fill_tokens: float = 0.0
     padded_sizes: tuple[float, ...] = ()
     tile_tokens: int = 1
+    size_factors: tuple[float, ...] = ()
+
+    def factors(self, tokens: FloatArray) -> FloatArray:
+        """Of each row, what its size makes of its time but for attention."""
+        size = np.ceil(tokens / SIZE_TOKENS).astype(np.int64) - 1
+        return np.array((*self.size_factors, 1.0))[np.minimum(size, len(self.size_factors))]
 
     def padded(self, tokens: FloatArray) -> FloatArray:
         tiled = np.ceil(tokens / self.tile_tokens) * self.tile_tokens
@@ -74,13 +83,15 @@ class Part:
 
     def features(self, shape: Shape) -> FloatArray:
         """Sums over each stretch: 1, then what of each quantity lies between two knots; [stretches, coefficients]."""
-        columns = [np.ones(len(self.quantities["tokens"]))]
+        factors = shape.factors(self.quantities["tokens"])
+        columns = [factors]
         for name, knots in self.knots.items():
             x = shape.padded(self.quantities[name]) if name == "tokens" else self.quantities[name]
             if self.keys is not None and name == "prefill_attention_tokens2":
                 x = np.maximum(x, shape.fill_tokens * self.keys)
             edges = (0.0, *knots, np.inf)
-            columns += [np.clip(x - low, 0.0, high - low) for low, high in pairwise(edges)]
+            factor = 1.0 if name in UNSIZED else factors
+            columns += [np.clip(x - low, 0.0, high - low) * factor for low, high in pairwise(edges)]
         return np.add.reduceat(np.stack(columns, axis=1), self.first_row, axis=0)
 
     def penalty(self, shape: Shape) -> FloatArray:
@@ -96,8 +107,9 @@ class Part:
         return np.array(rows).reshape(-1, width)
 
 
-def fit(iterations: Iterations, sources: Sequence[str] = ()) -> StepTimeModel:
-    """The step-time model of these iterations; `sources` are names kept as its provenance.
+def fit(iterations: Iterations, sources: Sequence[str] = (), sizes: Iterations | None = None) -> StepTimeModel:
+    """The step-time model of these iterations; `sources` are names kept as its provenance. `sizes` are mixed ones
+    alike but for their size, all sizes up to some bound, timed one by one: they give `Regime.size_factors`.
 
     Held-out errors leave out whole runs, a tenth of them at a time, or a tenth of the time if there are under ten runs.
     A sum beyond six robust standard deviations, on either side, does not count in the mean. Of intervals it is taken
@@ -106,10 +118,11 @@ def fit(iterations: Iterations, sources: Sequence[str] = ()) -> StepTimeModel:
     """
     joined = stretches(iterations)
     held_out = {}
-    decode_only, held_out["decode_only"] = _fit_regime(iterations, joined, np.zeros(len(joined.rows)), mixed=False)
+    nothing_s = np.zeros(len(joined.rows))
+    decode_only, held_out["decode_only"] = _fit_regime(iterations, joined, nothing_s, None, mixed=False)
     draft = Description(VERSION, True, decode_only, Regime(0.0))
     alone_s = np.where(iterations.mixed, 0.0, predict(StepTimeModel(draft), iterations))
-    mixed, held_out["mixed"] = _fit_regime(iterations, joined, joined.sums(alone_s), mixed=True)
+    mixed, held_out["mixed"] = _fit_regime(iterations, joined, joined.sums(alone_s), sizes, mixed=True)
     predicted_s = predict(StepTimeModel(Description(VERSION, True, decode_only, mixed)), iterations)
     decode_only, taken_alone = _with_residuals(decode_only, iterations, joined, predicted_s, mixed=False)
     mixed, taken_mixed = _with_residuals(mixed, iterations, joined, predicted_s, mixed=True)
@@ -148,10 +161,21 @@ def _with_residuals(
 
 
 def _fit_regime(
-    iterations: Iterations, joined: Stretches, around_s: FloatArray, *, mixed: bool
+    iterations: Iterations, joined: Stretches, around_s: FloatArray, sizes: Iterations | None, *, mixed: bool
 ) -> tuple[Regime, dict[str, float]]:
     part = _part(iterations, joined, around_s, mixed=mixed)
-    shape, predicted_s = _choose(part, TILES if mixed else ())
+    shape, predicted_s = _choose(part, TILES if mixed else (), sizes)
+    known = iterations.rows(np.isfinite(iterations.seconds) & (iterations.mixed == mixed))
+    limits = [(float(x.min()), float(x.max())) for x in (getattr(known, name) for name in COMPOSITION)]
+    error = np.abs(predicted_s / (part.seconds + part.around_s) - 1)
+    figures = {"median_error": np.median(error), "mean_error": error.mean(), "p90_error": np.quantile(error, 0.9)}
+    return msgspec.structs.replace(_fitted(part, shape), measured=Range(*limits)), {
+        "sums_count": float(len(error)),
+        **{f"sums_{name}": round(float(x), 5) for name, x in figures.items()},
+    }
+
+
+def _fitted(part: Part, shape: Shape) -> Regime:
     features = part.features(shape)
     coefficients = _solve(part, features, shape, np.ones(len(part.rows), np.bool_))
     # Huber's fit is nearer to the median than to the mean: lift it to the mean, but not by what a stall took.
@@ -163,22 +187,26 @@ def _fit_regime(
     for name, knots in part.knots.items():
         curves[name] = Curve((0.0, *knots), tuple(coefficients[at : at + len(knots) + 1].tolist()))
         at += len(knots) + 1
-    known = iterations.rows(np.isfinite(iterations.seconds) & (iterations.mixed == mixed))
-    limits = [(float(x.min()), float(x.max())) for x in (getattr(known, name) for name in COMPOSITION)]
-    regime = Regime(
+    return Regime(
         float(coefficients[0]),
         **curves,
         padded_sizes=shape.padded_sizes,
         tile_tokens=shape.tile_tokens,
         fill_tokens=shape.fill_tokens,
-        measured=Range(*limits),
+        size_tokens=SIZE_TOKENS,
+        size_factors=shape.size_factors,
     )
-    error = np.abs(predicted_s / (part.seconds + part.around_s) - 1)
-    figures = {"median_error": np.median(error), "mean_error": error.mean(), "p90_error": np.quantile(error, 0.9)}
-    return regime, {
-        "sums_count": float(len(error)),
-        **{f"sums_{name}": round(float(x), 5) for name, x in figures.items()},
-    }
+
+
+def _size_factors(regime: Regime, sizes: Iterations) -> tuple[float, ...]:
+    """What the median iteration of each size took over what the regime says, but for attention; else 1."""
+    coefficients = StepTimeModel(Description(VERSION, False, Regime(0.0), regime)).coefficients
+    batches = np.stack([getattr(sizes, name) for name in COMPOSITION], axis=1)
+    _, others_s, *attention_s = np.array([step_parts(coefficients, *batch) for batch in batches]).T
+    factors = (sizes.seconds - sum(attention_s)) / others_s
+    size = np.ceil((sizes.decode_tokens + sizes.prefill_tokens) / SIZE_TOKENS).astype(np.int64) - 1
+    medians = {k: float(np.median(factors[size == k])) for k in np.unique(size).tolist()}
+    return tuple(round(max(medians.get(k, 1.0), LEAST_FACTOR), 4) for k in range(size.max() + 1))
 
 
 def _part(iterations: Iterations, joined: Stretches, around_s: FloatArray, *, mixed: bool) -> Part:
@@ -224,7 +252,7 @@ def _knots(x: FloatArray) -> tuple[float, ...]:
     return tuple(knots.tolist()) if high > 2 * low else ()
 
 
-def _choose(part: Part, tiles: Iterable[int]) -> tuple[Shape, FloatArray]:
+def _choose(part: Part, tiles: Iterable[int], sizes: Iterations | None) -> tuple[Shape, FloatArray]:
     """The shape of least held-out error, and the seconds of each stretch predicted by a fit without its fold."""
     folds = [part.fold == fold for fold in np.unique(part.fold)]
 
@@ -250,6 +278,8 @@ def _choose(part: Part, tiles: Iterable[int]) -> tuple[Shape, FloatArray]:
         shape = better(shape, fill_tokens=(0.75 * shape.fill_tokens, 1.25 * shape.fill_tokens))
     shape = min((shape._replace(stiffness=s) for s in STIFFNESS), key=lambda shape: float(held_out(shape)[0].mean()))
     shape = better(shape, padded_sizes=(GRAPH_SIZES,), tile_tokens=tiles)
+    if sizes is not None:
+        shape = better(shape, size_factors=(_size_factors(_fitted(part, shape), sizes),))
     return shape, held_out(shape)[1]
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,16 @@ def fit_samples(samples: Samples, config: EngineConfig, about: dict[str, Any]) -
     Its seconds are those that a token waits, from one completion to the next; of a pipeline, its slowest stage's.
     """
     seconds = "device_s" if config.pipeline_parallel > 1 else "interval_s"
-    model = fit(samples.iterations(seconds, judged=False), [str(about.get("source", "pacer profile"))])
+    sizes = samples.iterations(seconds, "sizes") if "sizes" in samples.purposes else None
+    model = fit(samples.iterations(seconds, "fit"), [str(about.get("source", "pacer profile"))], sizes)
     held_out = dict(model.description.held_out)
-    if any(samples.judged):
-        judged = errors(model, samples.iterations(seconds, judged=True))
+    if "judge" in samples.purposes:
+        judged = errors(model, samples.iterations(seconds, "judge"))
         held_out |= {
             f"random_{name}": {key: round(figure, 5) for key, figure in figures.items()}
             for name, figures in judged.items()
         }
-    batches = {"fitted": len(samples.judged) - sum(samples.judged), "random": sum(samples.judged)}
+    batches = Counter(samples.purposes)
     provenance = {
         **model.description.provenance,
         **about,
@@ -89,7 +91,7 @@ def _keep(samples: Samples, config: EngineConfig, out: Path, about: dict[str, An
     console = Console()
     table = out.with_suffix(".samples.csv")
     pyarrow.csv.write_csv(samples.table, table)
-    console.print(f"{len(samples.rows)} iterations of {len(samples.judged)} batches: {table} ({samples.ended})")
+    console.print(f"{len(samples.rows)} iterations of {len(samples.purposes)} batches: {table} ({samples.ended})")
     about = about | {"samples_sha256": hashlib.sha256(table.read_bytes()).hexdigest()}
     try:
         model = fit_samples(samples, config, about)

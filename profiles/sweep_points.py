@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from engine.config import EngineConfig
 from engine.request import Batch, Request, SamplingParams, Submit
+from envs.step_time_fit import SIZE_TOKENS
 
 IntArray = NDArray[np.int64]
 
 PREFILLS = (1, 2, 4, 8)
 SHORTEST = 16
+MOST_SIZED = 2048  # tokens: from there on one more tile of a matrix product is a small part of it
 
 
 class Point(NamedTuple):
@@ -80,6 +82,15 @@ def candidates(config: EngineConfig, rng: Generator) -> list[Point]:
         if tokens - n >= prefills * SHORTEST:
             mixed.append(Point(n, context, prefills, (tokens - n) // prefills, prefix))
     return [point for point in dict.fromkeys((*alone, *mixed)) if point.fits(config)]
+
+
+def by_size(config: EngineConfig) -> list[Point]:
+    """Mixed batches alike but for their size, ascending: a few decodes and a prompt, every `SIZE_TOKENS` tokens."""
+    decodes = min(8, config.max_requests - 1)
+    context = min(512, _longest(config, max(decodes, 1)))
+    sizes = range(SIZE_TOKENS, min(MOST_SIZED, config.max_budget_tokens) + 1, SIZE_TOKENS)
+    points = [Point(decodes, context, 1, size - decodes) for size in sizes]
+    return [point for point in points if point.fits(config)]
 
 
 def drawn(config: EngineConfig, rng: Generator) -> Iterator[Point]:

@@ -3,14 +3,15 @@
 Batches are made (`profiles.sweep_points`) and launched back to back, as many in flight as the engine has when it
 serves. Which one comes next is decided by what is known so far (`profiles.sweep_choice`): extremes come first by that
 rule, and no grid is worked off. Each is repeated until its median is stable. Later every eighth is drawn at random and
-kept from the fit, to judge it.
+kept from the fit, to judge it. In the last quarter of the time one batch is timed at size after size: kernels serve
+some numbers of tokens better than their neighbours, which batches that differ in everything do not tell.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from engine.request import Batch
 from engine.telemetry import compose
 from envs.iterations import COMPOSITION, Iterations
 from profiles.sweep_choice import Choice
-from profiles.sweep_points import BatchMaker, Point, candidates, drawn
+from profiles.sweep_points import BatchMaker, Point, by_size, candidates, drawn
 
 WARM_UP = 2  # the first run of a batch compiles and allocates; the second follows on it
 LEAST, FEW, MOST = 5, 3, 25  # repetitions; few, where they take long
@@ -33,6 +34,8 @@ SHARE_OF_TIME = 0.01  # that one batch may take with more than a few repetitions
 LONGEST = 0.02  # an iteration's share of all the time, beyond which its batch is left out
 JUDGED = 8  # one batch in so many is kept from the fit,
 FIRST_JUDGED = 24  # once so many have shown how long the largest take
+SIZES_FROM = 0.75  # of the time
+Purpose = Literal["fit", "judge", "sizes"]
 Show = Callable[[float, str], None]
 """Told after every batch how many seconds have passed, and what was found."""
 
@@ -46,31 +49,31 @@ class Timing(NamedTuple):
 
 @dataclass(slots=True)
 class Samples:
-    """What a sweep has measured: a row for every iteration. `judged` tells of each batch whether it was drawn to judge.
+    """What a sweep has measured: a row for every iteration. `purposes` tells of each batch what it was timed for.
 
     `ended` is why the sweep did: "time", "complete", "interrupted", or what failed.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
-    judged: list[bool] = field(default_factory=list)
+    purposes: list[Purpose] = field(default_factory=list)
     ended: str = "time"
 
-    def add(self, batch: Batch, timings: list[Timing], *, judged: bool) -> None:
+    def add(self, batch: Batch, timings: list[Timing], purpose: Purpose) -> None:
         composition = compose(batch)
         what = {name: getattr(composition, name) for name in COMPOSITION}
-        engine_id = f"batch-{len(self.judged)}"  # a run of its own: held-out errors then leave out whole batches
-        self.rows += [{"engine_id": engine_id, "judged": judged, **timing._asdict(), **what} for timing in timings]
-        self.judged.append(judged)
+        engine_id = f"batch-{len(self.purposes)}"  # a run of its own: held-out errors then leave out whole batches
+        self.rows += [{"engine_id": engine_id, "purpose": purpose, **timing._asdict(), **what} for timing in timings]
+        self.purposes.append(purpose)
 
     @property
     def table(self) -> pa.Table:
-        """Columns `engine_id` (the batch), `judged`, `device_s`, `interval_s` and those of `COMPOSITION`."""
+        """Columns `engine_id` (the batch), `purpose`, `device_s`, `interval_s` and those of `COMPOSITION`."""
         return pa.Table.from_pylist(self.rows)
 
-    def iterations(self, seconds: str, *, judged: bool) -> Iterations:
-        """Those to be fitted, or those to judge by; each row's time, "device_s" or "interval_s", is its own."""
+    def iterations(self, seconds: str, purpose: Purpose) -> Iterations:
+        """Those timed for it; each row's time, "device_s" or "interval_s", is its own."""
         table = self.table
-        return own_times(table.filter(pc.equal(table["judged"], judged)), seconds)
+        return own_times(table.filter(pc.equal(table["purpose"], purpose)), seconds)
 
 
 def own_times(table: pa.Table, seconds: str) -> Iterations:
@@ -105,6 +108,7 @@ class Sweep:
         self._choice = Choice(candidates(config, rng))
         self._share_s = 0.0
         self._drawn = drawn(config, rng)
+        self._sizes = iter(by_size(config))
 
     def run(self, seconds: float, show: Show = lambda passed_s, text: None) -> Samples:
         """Measure for so long, or until all there is is measured; what went wrong ends it and is told in `ended`."""
@@ -114,33 +118,38 @@ class Sweep:
         self._choice.longest_s = seconds * LONGEST
         try:
             while passed_s < seconds and not self._stop():
-                point, judged = self._next()
+                point, purpose = self._next(passed_s >= SIZES_FROM * seconds)
                 if point is None:
                     self.samples.ended = "complete"
                     return self.samples
-                typical_s = self._measure(point, judged=judged)
+                typical_s = self._measure(point, purpose)
                 passed_s = (self._clock() - begun_ns) * 1e-9
-                show(passed_s, f"{len(self.samples.judged)} batches; {_describe(point)}: {typical_s * 1e3:.2f} ms")
+                show(passed_s, f"{len(self.samples.purposes)} batches; {_describe(point)}: {typical_s * 1e3:.2f} ms")
         except RuntimeError as error:  # torch: out of memory, a kernel that failed; or a worker died
             self.samples.ended = f"failed: {error}"
         if self._stop():
             self.samples.ended = "interrupted"
         return self.samples
 
-    def _next(self) -> tuple[Point | None, bool]:
-        count = len(self.samples.judged)
-        judged = count >= FIRST_JUDGED and count % JUDGED == 0
-        return (next(self._drawn), True) if judged else (self._choice.next(), False)
+    def _next(self, late: bool) -> tuple[Point | None, Purpose]:
+        if late and (point := next(self._sizes, None)):
+            return point, "sizes"
+        count = len(self.samples.purposes)
+        if count >= FIRST_JUDGED and count % JUDGED == 0:
+            return next(self._drawn), "judge"
+        if point := self._choice.next():
+            return point, "fit"
+        return next(self._sizes, None), "sizes"
 
-    def _measure(self, point: Point, *, judged: bool) -> float:
+    def _measure(self, point: Point, purpose: Purpose) -> float:
         """Returns the median interval, 0 if it was stopped before there was one."""
         batch = self._maker.make(point)
         timings = self._repeat(batch)
         if not timings:
             return 0.0
-        self.samples.add(batch, timings, judged=judged)
+        self.samples.add(batch, timings, purpose)
         typical_s = float(np.median([timing.interval_s for timing in timings]))
-        if not judged:
+        if purpose == "fit":
             self._choice.learn(point, typical_s)
         return typical_s
 

@@ -2,6 +2,7 @@
 
 import math
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -175,3 +176,29 @@ def test_the_seconds_of_a_budget_are_those_of_what_is_known_to_wait() -> None:
     for _ in range(50):
         state, budget = random_outlook(rng, behind=False), int(rng.integers(1, MOST // TILE)) * TILE
         assert CHOOSER.step_s(state, budget, AS_PROFILED) == pytest.approx(batch_s(state, budget, budget), rel=1e-9)
+
+
+def test_of_uneven_sizes_the_one_that_computes_most_a_second_is_taken_where_prompts_fill_it() -> None:
+    factors = 1 + 0.1 * np.random.default_rng(4).random(128)
+    mixed = msgspec.structs.replace(MODEL.description.mixed, size_factors=tuple(factors.tolist()))
+    model = StepTimeModel(msgspec.structs.replace(MODEL.description, mixed=mixed))
+    chooser = BatchChooser(model.coefficients, TILE, MOST)
+    rng, smaller = np.random.default_rng(5), 0
+    for _ in range(40):
+        state, limit_s = outlook(int(rng.integers(1, 100)), (30_000, 0)), float(rng.uniform(0.015, 0.04))
+        budget, chunk, step_s = chooser.choose(state, limit_s, AS_PROFILED, share=False)
+        fits = [b for b in range(TILE, MOST + 1, TILE) if batch_s(state, b, b, model=model) <= limit_s]
+        assert budget == chunk
+        assert budget in fits
+        assert step_s == pytest.approx(batch_s(state, budget, budget, model=model), rel=1e-9)
+        largest = max(b for b in fits if all(lower in fits for lower in range(TILE, b, TILE)))
+        sizes = [b for b in fits if budget <= b <= max(budget, largest)]
+        rates = {b: (b - state.decodes) / batch_s(state, b, b, model=model) for b in sizes}
+        # The longer a first chunk, the more attention each of its tokens takes: a percent between these sizes.
+        assert rates[budget] >= 0.99 * max(rates.values())
+        smaller += budget < largest
+        little = outlook(state.decodes, (50, 0))
+        whole = chooser.choose(little, limit_s, AS_PROFILED, share=False).budget_tokens
+        ends = [batch_s(little, b, b, newcomers=1, model=model) for b in (whole, whole + TILE)]
+        assert ends[0] <= limit_s < ends[1], "nothing to fill it"
+    assert smaller > 10

@@ -16,6 +16,7 @@ from checkpoints import (
     write_checkpoint,
 )
 from computer import Computer, Sequences
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.model_config import PACER_26M, read_model_config
 from engine.shapes import parameter_count
@@ -104,3 +105,31 @@ def test_the_built_in_model_has_26_million_parameters_and_sane_logits() -> None:
     assert not weights, "the model took all of them"
     assert logits.isfinite().all()
     assert 0.1 < float(logits.float().std()) < 2
+
+
+class Products(TorchDispatchMode):
+    """Notes every matrix product: the function, and what it multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, tuple[tuple[int, ...], ...]]] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.seen.add((str(func), tuple(tuple(x.shape) for x in args if isinstance(x, torch.Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_matrix_products_of_a_step_are_those_rehearsed_for_its_sizes(checkpoint: tuple[Any, Path]) -> None:
+    """Three prompts of 11 tokens, each of which yields one: products of 33 tokens, and of 3 after the last layer."""
+    computer = computer_of(checkpoint[1])
+    step = Sequences().step([(i, list(range(1, 12)), 0, 11) for i in range(3)], 0)
+    with Products() as computed:
+        computer.forward(step)
+    with Products() as rehearsed:
+        computer.transformer.multiply(33, sampled=False)
+        computer.transformer.multiply(3, sampled=True)
+    assert len(computed.seen) >= 5
+    assert computed.seen <= rehearsed.seen

@@ -503,3 +503,48 @@ def test_a_formula_needs_all_its_coefficients() -> None:
 def test_laws_can_use_a_model_without_the_tools_that_fit_it() -> None:
     code = "import sys, envs.step_time; assert not {'scipy.optimize', 'pyarrow', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def uneven(model: StepTimeModel, factors: tuple[float, ...]) -> StepTimeModel:
+    mixed = msgspec.structs.replace(model.description.mixed, size_factors=factors)
+    return described(model.description.decode_only, mixed)
+
+
+def of_all_sizes(truth: StepTimeModel, noise: float = 0.0) -> Iterations:
+    """Eight decodes and a chunk, every 16 tokens up to 2048, five times each."""
+    tokens = np.repeat(np.arange(16.0, 2049.0, 16.0) - 8, 5)
+    eight, one = np.full(len(tokens), 8.0), np.ones(len(tokens))
+    known = Iterations(one, eight, 4000 * one, one, tokens, tokens**2 / 2, intervals=False)
+    random = np.random.default_rng(0)
+    return replace(known, seconds=predict(truth, known) * np.exp(noise * random.standard_normal(len(tokens))))
+
+
+def test_single_sizes_take_more_or_less_but_for_attention() -> None:
+    model = uneven(TRUTH, (1.0, 1.2, 0.9))
+    attention_s = 100_000 * 45.5e-9 + 3e6 * 1.045e-9
+    for tokens, factor in ((8, 1.0), (9, 1.2), (24, 1.2), (25, 0.9), (40, 0.9), (41, 1.0), (4000, 1.0)):
+        others_s = TRUTH.mean_s(8, 100_000, 1, tokens, 3e6) - attention_s
+        assert model.mean_s(8, 100_000, 1, tokens, 3e6) == pytest.approx(factor * others_s + attention_s)
+        assert model.mean_s(tokens, 100_000, 0, 0, 0) == TRUTH.mean_s(tokens, 100_000, 0, 0, 0), "decode-only"
+        assert model.bent({"tokens": 2.0}).mean_s(8, 0, 1, tokens, 0) > model.mean_s(8, 0, 1, tokens, 0)
+    with pytest.raises(ValueError, match="above 0"):
+        uneven(TRUTH, (1.0, 0.0))
+    with pytest.raises(ValueError, match="mixed iterations alone"):
+        described(Regime(0.0, size_factors=(1.0,)), Regime(0.0))
+
+
+def test_a_fit_takes_what_sizes_cost_from_where_they_were_measured_if_it_holds_elsewhere() -> None:
+    factors = tuple((1 + 0.08 * np.random.default_rng(3).standard_normal(128)).tolist())
+    truth = uneven(TRUTH, factors)
+    seen = replace(recording(truth, np.random.default_rng(1), 3000, noise=0.01), intervals=False)
+    fresh = recording(truth, np.random.default_rng(2))
+    model, smooth = fit(seen, sizes=of_all_sizes(truth, noise=0.01)), fit(seen)
+    assert len(model.description.mixed.size_factors) == 128
+    errors_of = {
+        found: np.median(np.abs(predict(found, fresh) / fresh.seconds - 1)[fresh.mixed]) for found in (model, smooth)
+    }
+    assert errors_of[model] < 0.015
+    assert errors_of[smooth] > 0.04
+    assert model.residuals[1].std() < smooth.residuals[1].std() / 2, "it was no noise"
+    even = replace(recording(TRUTH, np.random.default_rng(1), 3000, noise=0.01), intervals=False)
+    assert fit(even, sizes=of_all_sizes(truth)).description.mixed.size_factors == (), "of another machine"

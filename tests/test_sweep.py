@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 import time
 from collections import deque
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -21,7 +23,7 @@ from envs.step_time import StepTimeModel
 from envs.step_time_error import errors
 from profiles.sweep_choice import Choice
 from profiles.sweep_fit import fit_samples, run_profile
-from profiles.sweep_points import BatchMaker, Point, candidates, drawn
+from profiles.sweep_points import BatchMaker, Point, by_size, candidates, drawn
 from profiles.sweep_timing import FEW, LEAST, MOST, WARM_UP, Samples, Sweep, Timing
 
 H200 = EngineConfig(
@@ -151,7 +153,7 @@ def test_the_sweep_finds_the_step_time_of_a_device_within_its_bounds() -> None:
     samples = swept(H200, 30.0)
     assert samples.ended == "time"
     model = fit_samples(samples, H200, {})
-    judged = errors(model, samples.iterations("interval_s", judged=True))
+    judged = errors(model, samples.iterations("interval_s", "judge"))
     assert judged["decode_only"]["median_error"] < 0.01
     assert judged["mixed"]["median_error"] < 0.02
     assert judged["all"]["r2"] > 0.99
@@ -164,7 +166,7 @@ def test_repetitions_follow_back_to_back_with_the_engines_depth() -> None:
     assert not runner.flight, "all results were taken"
     counts = np.unique([row["engine_id"] for row in samples.rows], return_counts=True)[1]
     assert FEW <= counts.min() < LEAST <= counts.max() <= MOST, "long batches a few times, others until it is enough"
-    assert runner.launches >= sum(counts) + WARM_UP * len(samples.judged)
+    assert runner.launches >= sum(counts) + WARM_UP * len(samples.purposes)
     row = samples.rows[-1]
     assert row["device_s"] == pytest.approx(0.9 * row["interval_s"], rel=1e-6), "the stage's own time, not the interval"
 
@@ -201,26 +203,26 @@ def test_where_the_host_is_what_takes_long_no_interval_is_without_a_launch() -> 
 def test_every_batch_weighs_the_same_however_often_it_was_repeated() -> None:
     often = [Timing(1.0, 1.0)] * 19 + [Timing(3.0, 3.0)]
     samples, maker = Samples(), BatchMaker(SMALL)
-    samples.add(maker.make(Point(2, 30)), often, judged=False)
-    samples.add(maker.make(Point(0, 1, 1, 20, 0)), [Timing(1.0, 2.0), Timing(2.0, 4.0), Timing(3.0, 6.0)], judged=False)
-    iterations = samples.iterations("interval_s", judged=False)
+    samples.add(maker.make(Point(2, 30)), often, "fit")
+    samples.add(maker.make(Point(0, 1, 1, 20, 0)), [Timing(1.0, 2.0), Timing(2.0, 4.0), Timing(3.0, 6.0)], "fit")
+    iterations = samples.iterations("interval_s", "fit")
     assert iterations.seconds.tolist() == pytest.approx([1.0] * LEAST + [2.0, 2.8, 4.0, 5.2, 6.0])
     assert iterations.mixed.tolist() == [False] * LEAST + [True] * LEAST
-    assert samples.iterations("device_s", judged=False).seconds[LEAST:].tolist() == pytest.approx([1, 1.4, 2, 2.6, 3])
+    assert samples.iterations("device_s", "fit").seconds[LEAST:].tolist() == pytest.approx([1, 1.4, 2, 2.6, 3])
 
 
 def test_an_interrupted_sweep_keeps_what_it_has() -> None:
     asked = iter(range(10**6))
     samples = swept(H200, 1e9, stop=lambda: next(asked) > 600)
     assert samples.ended == "interrupted"
-    assert len(samples.judged) > 20
+    assert len(samples.purposes) > 20
     assert fit_samples(samples, H200, {}).description.provenance["ended"] == "interrupted"
 
 
 def test_a_device_that_fails_ends_the_sweep_with_what_there_is() -> None:
     samples = swept(H200, 1e9, fails_after=800)
     assert samples.ended == "failed: out of memory"
-    assert len(samples.judged) > 20
+    assert len(samples.purposes) > 20
 
 
 def test_a_sweep_of_everything_ends_by_itself() -> None:
@@ -245,10 +247,35 @@ def test_the_verb_measures_the_engine_here_and_its_model_predicts_other_batches(
     assert provenance["versions"]["torch"]
     assert provenance["capacities"]["kv_blocks"] == 512
     assert len(load_iterations(samples, "device_s")) >= FEW * sum(provenance["batches"].values())
-    assert sum(provenance["iterations"].values()) == LEAST * provenance["batches"]["fitted"]
+    assert sum(provenance["iterations"].values()) == LEAST * provenance["batches"]["fit"]
     model = StepTimeModel.load(out)
     assert model.mean_s(1, 64, 0, 0, 0) < model.mean_s(4, 256, 1, 92, 92 * 60)
     random = {name: figures for name, figures in model.description.held_out.items() if name.startswith("random_")}
     medians = [figures["median_error"] for figures in random.values() if "median_error" in figures]
     assert medians
     assert float(np.mean(medians)) < 0.5  # others may take half of a core away at any moment
+
+
+def test_batches_by_size_are_alike_but_for_it() -> None:
+    points = by_size(H200)
+    assert [point.features[0] for point in points] == list(range(16, 2049, 16))
+    assert {point._replace(chunk=0) for point in points} == {Point(8, 512, 1)}
+    assert all(point.fits(SMALL) for point in by_size(SMALL))
+    assert len(by_size(SMALL)) == 16
+    assert by_size(EngineConfig(max_requests=1))[0].decodes == 0
+
+
+def test_a_sweep_finds_what_single_sizes_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    factors = tuple((1 + 0.1 * np.random.default_rng(0).random(128)).tolist())
+    mixed = msgspec.structs.replace(TRUTH.description.mixed, size_factors=factors)
+    uneven = StepTimeModel(msgspec.structs.replace(TRUTH.description, mixed=mixed))
+    monkeypatch.setattr(sys.modules[__name__], "TRUTH", uneven)
+    samples = swept(H200, 120.0)
+    assert samples.purposes.count("sizes") == 128
+    assert samples.purposes[-1] != "sizes", "then it goes on with others"
+    model = fit_samples(samples, H200, {})
+    found = np.array(model.description.mixed.size_factors)
+    assert np.median(np.abs(found / found.mean() / (np.array(factors) / np.mean(factors)) - 1)) < 0.01
+    judged = errors(model, samples.iterations("interval_s", "judge"))
+    assert judged["mixed"]["median_error"] < 0.02
+    assert "size_factors" in model.text()
