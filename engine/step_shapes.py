@@ -79,10 +79,12 @@ def graph_shapes(max_requests: int, max_budget_tokens: int, max_model_tokens: in
 def product_sizes(most_tokens: int) -> list[int]:
     """Numbers of tokens among which each kernel for matrix products has its own, ascending.
 
-    Their tiles are multiples of 8 tokens, of which every step up to some hundred picks another; then coarser.
+    Their tiles are multiples of 8 tokens: up to some hundred, tokens pick one of each, then the choice is coarser. What
+    is no multiple of 8 has kernels of its own, so that beside each such size the one before it counts.
     """
-    sizes = {1, 2, 4, most_tokens, *range(8, 1025, 8), *range(1024, 2049, 16), *range(2048, 4097, 32)}
-    return sorted(size for size in sizes | set(range(4096, most_tokens, 64)) if size <= most_tokens)
+    whole = {*range(8, 1025, 8), *range(1024, 2049, 16), *range(2048, 4097, 32), *range(4096, most_tokens, 256)}
+    sizes = {*range(1, 513), *whole, *(size - 1 for size in whole), most_tokens}
+    return sorted(size for size in sizes if size <= most_tokens)
 
 
 def slower_than_larger(times_ms: Mapping[StepShape, float]) -> set[StepShape]:

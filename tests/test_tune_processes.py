@@ -218,7 +218,8 @@ def test_the_profiled_engine_is_the_one_tuned_for_and_a_flag_wins(tmp_path: Path
     small = ["--profile", str(profile), "--num-prompts", "20", "--seeds", "1"]
     config = problem(flags(*small), "")[0].plant.config
     assert config.bounds == Bounds(16, held["max_budget_tokens"], 16, held["max_requests"], held["kv_blocks"] * 128)
-    assert config.max_model_tokens == 65536 and config.block_tokens == held["block_tokens"] == 128 and config.look_ahead
+    assert config.max_model_tokens == held["max_model_tokens"] and config.look_ahead
+    assert config.block_tokens == held["block_tokens"] == 128
     small += ["--kv-blocks", "9000", "--max-num-seqs", "64", "--max-model-len", "4096"]
     config = problem(flags(*small, "--max-num-batched-tokens", "512"), "")[0].plant.config
     assert config.bounds == Bounds(16, 512, 16, 64, 9000 * 16) and config.max_model_tokens == 4096
