@@ -1,14 +1,16 @@
 """How long a law thinks: `decide` under its guard, while 256 requests run.
 
-    python -m benchmarks.decision_time [--policies LAW ...] [--no-guard] [--quick] [--seed 0]
+    python -m benchmarks.decision_time [--policies LAW ...] [--no-guard] [--profile FILE] [--quick] [--seed 0]
 
 The telemetry is that of a simulated run which the law itself steers: conversation at a TBT SLO of 100 ms, on the plant
-of the design, offered 1.2 times what it can serve, so that all 256 seats are taken. Only decisions made with all of
-them taken count, the first ones not. (From telemetry published to the answer held: benchmarks.decision_round_trip.)
+of the design (or a profile's), offered 1.2 times what it can serve, so that all 256 seats are taken. Only decisions
+made with all of them taken count, the first ones not. (From telemetry published to the answer held:
+benchmarks.decision_round_trip.)
 """
 
 import argparse
 import time
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -33,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", default=["predictive", "pid"], metavar="LAW")
     parser.add_argument("--no-guard", action="store_true", help="the law's own decide, Guard left out")
+    parser.add_argument("--profile", type=Path, help="another plant's step-time model, from pacer profile")
     parser.add_argument("--quick", action="store_true", help="fewer decisions, same measurement")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -42,7 +45,8 @@ def main() -> None:
         table.add_column(column, justify="right")
     medians, p99s, goals = {}, {}, {}
     for policy in args.policies:
-        costs_us = measure(policy, 120.0 if args.quick else 600.0, args.seed, Bare if args.no_guard else Guard)
+        kind = Bare if args.no_guard else Guard
+        costs_us = measure(policy, Setting(profile=args.profile), 120.0 if args.quick else 600.0, args.seed, kind)
         medians[policy], p99s[policy] = (float(np.percentile(costs_us, q)) for q in (50, 99))
         goals[policy] = GOALS_US.get(policy.partition(":")[0], MEDIAN_GOAL_US)
         figures = (medians[policy], p99s[policy], float(costs_us.max()))
@@ -59,10 +63,10 @@ def main() -> None:
     )
 
 
-def measure(policy: str, run_s: float, seed: int, kind: type[Guard | Bare]) -> FloatArray:
+def measure(policy: str, setting: Setting, run_s: float, seed: int, kind: type[Guard | Bare]) -> FloatArray:
     """Microseconds of each decision that counts. Raises ValueError if there are none."""
-    setting, seats = Setting(), Setting().plant().config.max_requests
-    load = Shifting.steady(CELL.guess, run_s, lengths(None, CONVERSATION), seed)
+    seats = setting.plant().config.max_requests
+    load = Shifting.steady(setting.guess(CELL), run_s, lengths(None, CONVERSATION), seed)
     simulation = Simulation(setting.plant(), load.at_rate(OFFERED), seed)
     law, costs_ns, now_ns = kind(parse_law(policy, CELL.slo, setting.step_time())), [], time.perf_counter_ns
 
