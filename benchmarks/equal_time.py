@@ -33,7 +33,7 @@ class EqualTime:
         turn = self._turns[0]
         outlook = outlook._replace(decodes=turn.decodes, decode_context_tokens=turn.decode_context_tokens)
         chooser = BatchChooser(self._coefficients, bounds.tile_tokens, bounds.max_budget_tokens)
-        budget = chooser.choose(outlook, self._target_s, AS_PROFILED, False).budget_tokens
+        budget = chooser.choose(outlook, self._target_s, AS_PROFILED, share=False, even=True).budget_tokens
         return Decision(budget, budget, "equal time")
 
     def track(self, sent: Decision) -> None:

@@ -119,13 +119,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def load_kernels(self) -> None:
-        """Have the matrix kernels of all sizes loaded, which libraries choose by size.
+        """Have the matrix kernels loaded that steps are likely to want: libraries choose them by size.
 
         CUDA loads a kernel at its first use, and then the host waits until the device is idle: a launch is late by as
         long as the steps in flight take, and so are their tokens.
         """
-        for n_tokens in product_sizes(self.config.max_budget_tokens):
+        for n_tokens in reversed(product_sizes(self.config.max_budget_tokens)):  # so that the allocator needs no more
             self.transformer.multiply(n_tokens, sampled=n_tokens <= self.config.max_requests)
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # what comes next takes what it needs in one piece
 
     def launch(self, batch: Batch) -> "Pending":
         """Start computing: a CUDA device has all of it then, a CPU begins when the result is asked for.

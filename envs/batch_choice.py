@@ -15,7 +15,8 @@ from envs.step_mean import FloatArray, sized_tokens
 SHARES = 8.0  # a chunk is no smaller than the budget over that
 CROWDED = 0.9  # of the KV cache: no more prompts are begun side by side
 WORTH = 1.3  # times the gain of the whole budget, before prompts share it
-LEAST_SIZE = 0.5  # of the largest that fits, where a smaller one computes more tokens a second
+LEAST_SIZE, MOST_SIZE = 0.5, 1.25  # of the largest budget found, among which a better size is looked for
+SIZE_WORTH = 1.01  # times the tokens a second of the largest: a measured factor may be off by as much
 COMPANY = 10.0  # requests that feel an iteration's lost time: those that wait, and arrive before the queue is empty
 AS_PROFILED = np.ones(N_PARTS), np.zeros(N_SIZES)
 
@@ -32,8 +33,8 @@ class BatchChooser:
     """Finds the knobs for an outlook.
 
     The budget is the largest whose batch would take `limit_s` if prompts came to fill it; or, where the model tells of
-    sizes that are served better than others and what waits fills the batch, the one of down to `LEAST_SIZE` of it that
-    computes most prompt tokens a second, attention counting the same for each. It is shared out evenly among
+    sizes that are served better than others and what waits fills the batch, one of at least `LEAST_SIZE` of it that
+    computes more prompt tokens a second, unless microbatches are to be `even`. It is shared out evenly among
     the first one, two, four or eight prompts, by the chunk; the shares that gain most per second are taken:
 
         gain = sum over the batch's prompts of (tokens computed / tokens left)
@@ -52,11 +53,13 @@ class BatchChooser:
         """Mean seconds of the batch that this budget makes of what is known to wait, the chunk being the budget."""
         return float(_step_s((self._coefficients, speed), *_known(outlook), float(budget_tokens)))
 
-    def choose(self, outlook: Outlook, limit_s: float, speed: Speed, share: bool) -> Choice:
-        """Budget 0 if no batch fits. `share` allows small chunks."""
+    def choose(self, outlook: Outlook, limit_s: float, speed: Speed, *, share: bool, even: bool = False) -> Choice:
+        """Budget 0 if no batch fits. `share` allows small chunks; `even` keeps to the limit, whatever sizes are served
+        better: of a pipeline's microbatches one that ends early waits for the others.
+        """
         machine, (decodes, prompts) = (self._coefficients, speed), _known(outlook)
-        most_shares = SHARES if share else 1.0
-        return Choice(*choose(machine, decodes, prompts, limit_s, self._tile, self._most_tiles, most_shares, WORTH))
+        sizes = self._tile, self._most_tiles
+        return Choice(*choose(machine, decodes, prompts, limit_s, *sizes, SHARES if share else 1.0, WORTH, even))
 
 
 # Plain tuples, which numba takes from Python microseconds faster than named ones.
@@ -115,6 +118,17 @@ def _step_s(machine: Machine, decodes: Decodes, prompts: Prompts, budget: float)
 
 
 @compiled
+def _filled_s(machine: Machine, decodes: Decodes, prompts: Prompts, tokens: float, chunk: float) -> float:
+    """Mean seconds of a batch of `tokens` prompt tokens, should newcomers fill what the known prompts leave."""
+    requests, computed, attention, _ = _load(prompts, tokens, chunk)
+    if computed < tokens:
+        part = min(chunk, tokens - computed)
+        requests += np.ceil((tokens - computed) / part)
+        attention += 0.5 * (tokens - computed) * part
+    return _seconds(machine, decodes, requests, tokens, attention)
+
+
+@compiled
 def _largest_budget(
     machine: Machine,
     decodes: Decodes,
@@ -124,17 +138,14 @@ def _largest_budget(
     most_tiles: int,
     shares: float,
 ) -> int:
-    """The most whole tiles whose batch takes `limit_s` at most, or none (0), should newcomers fill what is left."""
+    """The most whole tiles whose batch takes `limit_s` at most, or none (0), should newcomers fill what is left.
+
+    Where sizes have factors of their own a smaller budget may take longer, and be where the search ends.
+    """
     fits, beyond, probe = 0, most_tiles + 1, most_tiles  # often everything fits
     while beyond - fits > 1:
         tokens = max(probe * tile - decodes[0], 0.0)
-        chunk = tokens if shares == 1.0 else _chunk(tokens, shares, tile)
-        requests, computed, attention, _ = _load(prompts, tokens, chunk)
-        if computed < tokens:
-            part = min(chunk, tokens - computed)
-            requests += np.ceil((tokens - computed) / part)
-            attention += 0.5 * (tokens - computed) * part
-        if _seconds(machine, decodes, requests, tokens, attention) <= limit_s:
+        if _filled_s(machine, decodes, prompts, tokens, _chunk(tokens, shares, tile)) <= limit_s:
             fits = probe
         else:
             beyond = probe
@@ -143,26 +154,42 @@ def _largest_budget(
 
 
 @compiled
-def _best_size(machine: Machine, decodes: Decodes, prompts: Prompts, largest: int, tile: int) -> int:
-    whole = largest - decodes[0]
-    if LEAST_SIZE * largest >= sized_tokens(machine[0]) or whole <= 0.0:
+def _best_size(
+    machine: Machine,
+    decodes: Decodes,
+    prompts: Prompts,
+    limit_s: float,
+    tile: int,
+    most_tiles: int,
+    shares: float,
+    largest: int,
+) -> int:
+    """The budget that computes most prompt tokens a second, attention counting the same for each, where the model tells
+    of single sizes and the known prompts fill the batch; `largest` elsewhere, and where it is about as good.
+    """
+    whole, sized = largest - decodes[0], sized_tokens(machine[0])
+    if LEAST_SIZE * largest >= sized or whole <= 0.0:
         return largest
-    requests, computed, attention, _ = _load(prompts, whole, whole)
+    requests, computed, attention, _ = _load(prompts, whole, _chunk(whole, shares, tile))
     if computed < whole:
         return largest
-    best, fastest = largest, 0.0
-    for budget in range(largest, int(max(LEAST_SIZE * largest, decodes[0])), -tile):
+    best, fastest = largest, SIZE_WORTH * whole / _seconds(machine, decodes, requests, whole, attention)
+    top = min(int(MOST_SIZE * largest), int(sized), most_tiles * tile) // tile * tile
+    for budget in range(max(top, largest), int(max(LEAST_SIZE * largest, decodes[0])), -tile):
         tokens = budget - decodes[0]
         share = tokens / whole
         rate = tokens / _seconds(machine, decodes, max(share * requests, 1.0), tokens, share * attention)
-        if rate > fastest:
+        if rate > fastest and (
+            budget <= largest or _filled_s(machine, decodes, prompts, tokens, _chunk(tokens, shares, tile)) <= limit_s
+        ):
             best, fastest = budget, rate
     return best
 
 
 @compiled
 def _chunk(tokens: float, shares: float, tile: int) -> float:
-    return float(max(np.floor(tokens / shares / tile), 1.0) * tile)
+    """Of each prompt at most, in a batch of so many prompt tokens."""
+    return tokens if shares == 1.0 else float(max(np.floor(tokens / shares / tile), 1.0) * tile)
 
 
 @compiled
@@ -175,17 +202,25 @@ def choose(
     most_tiles: int,
     most_shares: float,
     worth: float,
+    even: bool,
 ) -> tuple[int, int, float]:
     """A `Choice`, as `BatchChooser` says; shares that gain `worth` times as much per second as fewer do are taken."""
     best_budget, best_chunk, best_s, best = 0, 0, 0.0, 0.0
     shares = 1.0
     while shares <= most_shares:
         budget = _largest_budget(machine, decodes, prompts, limit_s, tile, most_tiles, shares)
-        budget = _best_size(machine, decodes, prompts, budget, tile)
-        tokens = max(budget - decodes[0], 0.0)
-        chunk = float(budget) if shares == 1.0 else _chunk(tokens, shares, tile)
-        requests, computed, attention, gain = _load(prompts, tokens, chunk)
-        seconds = _seconds(machine, decodes, requests, computed, attention)
+        if not even:
+            budget = _best_size(machine, decodes, prompts, limit_s, tile, most_tiles, shares, budget)
+        seconds = np.inf
+        while True:
+            tokens = max(budget - decodes[0], 0.0)
+            chunk = float(budget) if shares == 1.0 else _chunk(tokens, shares, tile)
+            requests, computed, attention, gain = _load(prompts, tokens, chunk)
+            seconds = _seconds(machine, decodes, requests, computed, attention)
+            # A batch that the known prompts do not fill may be of a size that takes longer.
+            if seconds <= limit_s or tokens <= 0.0 or sized_tokens(machine[0]) == 0.0:
+                break
+            budget -= tile
         # Without sharing the same tokens are of as many prompts as it takes to find them.
         whole = _load(prompts, computed, computed)[0]
         whole_s = _seconds(machine, decodes, max(whole, 1.0), computed, attention)

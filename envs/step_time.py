@@ -7,11 +7,11 @@ W is the sum of c (L + c/2) over the chunks c at context L: attention's work, an
 For attention shares queries among multiprocessors, not the keys that they see: a chunk too short to fill the device
 takes as long as one that does. Of a batch only sums are known, so its chunks count as alike.
 
-f, g and h are piecewise linear and never fall: nor does the mean when chunks alike get longer, deeper or more. Tokens
-may be padded to CUDA graph sizes and GEMM tiles: then f is a staircase. Matrix kernels also serve some numbers of
-tokens better than their neighbours; where that was measured, mixed iterations (all but attention) take a factor more
-or less by their size, and can take less time for more tokens. An iteration's time is the mean times a random factor of
-its regime, of mean 1. `envs.step_time_fit` fits it all.
+f, g and h are piecewise linear and never fall: nor does the mean when chunks alike get longer, deeper or more, with one
+exception. Tokens may be padded to CUDA graph sizes and GEMM tiles: then f is a staircase. The exception: matrix kernels
+serve some numbers of tokens better than their neighbours; where that was measured, mixed iterations (all but attention)
+take a factor more or less by their size, and can take less time for more tokens. An iteration's time is the mean times
+a random factor of its regime, of mean 1. `envs.step_time_fit` fits it all.
 """
 
 import re

@@ -126,6 +126,7 @@ def knobs(
         largest // tile,
         SHARES if now.kv_usage < CROWDED else 1.0,
         WORTH * np.exp(-SHARE_REACH * second),
+        stages > 1.0,
     )
     return max(budget, least), max(chunk, least)
 

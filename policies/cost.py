@@ -79,7 +79,8 @@ class StepCosts:
     def budget(self, cost: float) -> int:
         if self.unlimited:
             return self._most
-        return max(self._chooser.choose(self._outlook, cost, self._speed.speed, share=False).budget_tokens, self._least)
+        choice = self._chooser.choose(self._outlook, cost, self._speed.speed, share=False, even=self._stages > 1)
+        return max(choice.budget_tokens, self._least)
 
     def noise(self, n: int) -> list[float]:
         """n equally likely factors of a mixed batch's time over its mean."""

@@ -3,7 +3,6 @@
 Theirs measure the machine first, by a profile at start or a table for one device. Here our step-time model stands in.
 """
 
-from bisect import bisect_right
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -123,5 +122,5 @@ class AscendDynamicBatch:
             tokens = max(budget - decodes, 0)
             return self._step_time.mean_s(decodes, decodes * context, min(tokens, 1), tokens, 0.5 * tokens * tokens)
 
-        fitting = bisect_right(self._budgets, self._tbt_slo_s, key=cost)
-        return self._budgets[fitting - 1] if fitting else None
+        # Not by bisection: where a profile tells of single sizes, more tokens can take less time.
+        return max((budget for budget in self._budgets if cost(budget) <= self._tbt_slo_s), default=None)

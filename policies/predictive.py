@@ -29,7 +29,8 @@ class Predictive:
         budget = max { whole tiles b : predicted time of the batch that b makes <= limit * exp(-margin) }
 
     for the batch that the answer acts on, one dead time ahead (`foresee`); chunks below the budget let short prompts
-    past long ones (`BatchChooser`); `MachineSpeed` follows the machine. While nobody decodes, there is no limit.
+    past long ones, and where sizes are served unevenly a smaller budget is taken if it computes more tokens a second
+    (`BatchChooser`); `MachineSpeed` follows the machine. While nobody decodes, there is no limit.
 
     tbt: the limit is the bound. The margin m is such that late tokens are as many as the quantile permits (less what is
     `SAVED`), and cost the same wherever they fall. With d decodes in a batch, prompt tokens T, and noise of deviation
@@ -99,7 +100,8 @@ class Predictive:
         limit_s, why = self._limit(telemetry, outlook) if limited else (math.inf, "nobody decodes, no limit")
         if self._stages > 1 and (even_s := self._even_s(outlook)) < limit_s:
             limit_s, why = even_s, f"{1e3 * even_s:.1f} allowed, prompts spread over {self._stages} stages"
-        budget, chunk, step_s = self._chooser.choose(outlook, limit_s, speed, telemetry.kv_usage < CROWDED)
+        share, even = telemetry.kv_usage < CROWDED, self._stages > 1
+        budget, chunk, step_s = self._chooser.choose(outlook, limit_s, speed, share=share, even=even)
         least = bounds.min_budget_tokens
         machine = f"machine {self._speed.factors[1]:.2f}x its profile"
         return Decision(max(budget, least), max(chunk, least), f"predictive: {1e3 * step_s:.1f} ms, {why}; {machine}")

@@ -185,3 +185,11 @@ def test_a_model_larger_than_the_gpu_is_refused() -> None:
     source = ModelSource(shape="falcon-180b", dtype="bfloat16", device="cuda")
     with pytest.raises(ValueError, match=r"weights take 3\d\d\.\d GiB on each GPU"):
         load_runner(source, EngineConfig(block_tokens=0, kv_blocks=0), count().__next__)
+
+
+def test_loaded_kernels_leave_no_memory_taken(runner: ModelRunner) -> None:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    runner.load_kernels()
+    assert torch.cuda.memory_reserved() == before

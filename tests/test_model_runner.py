@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,14 @@ from engine.packed_inputs import DeviceBuffer
 from engine.request import Request, SamplingParams
 from engine.shard import Shard
 from engine.step_input import OutOfDeviceMemory, step_input
-from engine.step_shapes import PaddedSizes, StepShape, decode_sizes, graph_shapes, slower_than_larger
+from engine.step_shapes import (
+    PaddedSizes,
+    StepShape,
+    decode_sizes,
+    graph_shapes,
+    product_sizes,
+    slower_than_larger,
+)
 from engine.weights import dummy_weights, load_safetensors
 
 TWO_IN_FLIGHT = replace(ENGINE, look_ahead=True)
@@ -338,3 +345,16 @@ def test_sizes_for_which_a_larger_one_is_faster_are_padded_to_that() -> None:
     padded.drop(slow)
     fits = [padded.fit(*size) for size in ((33, 4), (64, 4), (100, 4), (160, 4), (161, 4), (2, 2))]
     assert [shape.n_tokens if shape else None for shape in fits] == [96, 96, 160, 160, None, 4]
+
+
+@pytest.mark.parametrize("most_tokens", [1, 7, 96, 1000, 8192])
+def test_sizes_of_products_are_ascending_and_lie_close(most_tokens: int) -> None:
+    sizes = product_sizes(most_tokens)
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] == 1
+    assert sizes[-1] == most_tokens
+    for before, size in pairwise(sizes):
+        assert size - before <= max(1, size / 16)
+    if most_tokens > 512:
+        above = [size for size in sizes if size > 512]
+        assert {size % 8 == 0 for size in above} == {True, False}, "both kinds of kernels"
