@@ -3,8 +3,9 @@
 Batches are made (`profiles.sweep_points`) and launched back to back, as many in flight as the engine has when it
 serves. Which one comes next is decided by what is known so far (`profiles.sweep_choice`): extremes come first by that
 rule, and no grid is worked off. Each is repeated until its median is stable. Later every eighth is drawn at random and
-kept from the fit, to judge it. In the last quarter of the time one batch is timed at size after size: kernels serve
-some numbers of tokens better than their neighbours, which batches that differ in everything do not tell.
+kept from the fit, to judge it. In the last quarter of the time, if that is long enough, one batch is timed at size
+after size: kernels serve some numbers of tokens better than their neighbours, which batches that differ in everything
+do not tell.
 """
 
 from collections import deque
@@ -108,7 +109,8 @@ class Sweep:
         self._choice = Choice(candidates(config, rng))
         self._share_s = 0.0
         self._drawn = drawn(config, rng)
-        self._sizes = iter(by_size(config))
+        self._sizes = by_size(config)[::-1]  # the smallest is the last, taken first
+        self._token_s = np.inf  # the least that any batch took for each of its tokens
 
     def run(self, seconds: float, show: Show = lambda passed_s, text: None) -> Samples:
         """Measure for so long, or until all there is is measured; what went wrong ends it and is told in `ended`."""
@@ -118,7 +120,7 @@ class Sweep:
         self._choice.longest_s = seconds * LONGEST
         try:
             while passed_s < seconds and not self._stop():
-                point, purpose = self._next(passed_s >= SIZES_FROM * seconds)
+                point, purpose = self._next(passed_s >= SIZES_FROM * seconds, seconds - passed_s)
                 if point is None:
                     self.samples.ended = "complete"
                     return self.samples
@@ -131,15 +133,22 @@ class Sweep:
             self.samples.ended = "interrupted"
         return self.samples
 
-    def _next(self, late: bool) -> tuple[Point | None, Purpose]:
-        if late and (point := next(self._sizes, None)):
-            return point, "sizes"
+    def _next(self, late: bool, left_s: float) -> tuple[Point | None, Purpose]:
+        if late and self._sizes and "sizes" not in self.samples.purposes and self._sizes_s() > left_s:
+            self._sizes = []
+        if late and self._sizes:
+            return self._sizes.pop(), "sizes"
         count = len(self.samples.purposes)
         if count >= FIRST_JUDGED and count % JUDGED == 0:
             return next(self._drawn), "judge"
         if point := self._choice.next():
             return point, "fit"
-        return next(self._sizes, None), "sizes"
+        return (self._sizes.pop() if self._sizes else None), "sizes"
+
+    def _sizes_s(self) -> float:
+        """About how long all sizes take."""
+        repetitions = WARM_UP + LEAST + self._config.depth
+        return repetitions * self._token_s * sum(int(point.n_tokens.sum()) for point in self._sizes)
 
     def _measure(self, point: Point, purpose: Purpose) -> float:
         """Returns the median interval, 0 if it was stopped before there was one."""
@@ -149,6 +158,7 @@ class Sweep:
             return 0.0
         self.samples.add(batch, timings, purpose)
         typical_s = float(np.median([timing.interval_s for timing in timings]))
+        self._token_s = min(self._token_s, typical_s / int(point.n_tokens.sum()))
         if purpose == "fit":
             self._choice.learn(point, typical_s)
         return typical_s

@@ -279,3 +279,7 @@ def test_a_sweep_finds_what_single_sizes_take(monkeypatch: pytest.MonkeyPatch) -
     judged = errors(model, samples.iterations("interval_s", "judge"))
     assert judged["mixed"]["median_error"] < 0.02
     assert "size_factors" in model.text()
+
+
+def test_a_sweep_too_short_for_all_sizes_times_none() -> None:
+    assert swept(H200, 60.0).purposes.count("sizes") == 0
