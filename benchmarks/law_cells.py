@@ -159,12 +159,16 @@ class Setting:
         fits = prompts + outputs <= longest
         return Workload(drawn.arrival_s[fits], prompts[fits], outputs[fits])
 
+    def _within(self, drawn: Lengths) -> Lengths:
+        fits = drawn.prompt_tokens + drawn.output_tokens <= self.plant().config.max_model_tokens
+        return Lengths(drawn.prompt_tokens[fits], drawn.output_tokens[fits])
+
     def shifting(self, phases: list[tuple[float, float, int]], seed: int) -> Shifting:
         """From phases of (seconds, requests per second at rate 1, 0 for conversation and 1 for long prompts)."""
         durations_s, rates, kinds = zip(*phases, strict=True)
         edges_s = np.cumsum((0.0, *durations_s)) * (QUICK_TIME if self.quick else 1.0)
-        pools = (lengths(self.traces, CONVERSATION), lengths(self.traces, LONG_PROMPTS))
-        return Shifting(edges_s, np.array(rates), np.array(kinds), pools, seed)
+        pools = (self._within(lengths(self.traces, name)) for name in (CONVERSATION, LONG_PROMPTS))
+        return Shifting(edges_s, np.array(rates), np.array(kinds), tuple(pools), seed)
 
 
 def day(peak_rate: float, day_s: float, parts: int) -> list[tuple[float, float, int]]:

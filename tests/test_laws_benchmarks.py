@@ -115,6 +115,8 @@ def test_another_machine_is_judged_at_its_own_size(machine: Machine) -> None:
         assert 300 < len(drawn) <= len(design)
         assert (drawn.prompt_tokens + drawn.output_tokens).max() <= own.max_model_tokens
         assert drawn.output_tokens.mean() == pytest.approx(machine.scale * design.output_tokens.mean(), rel=0.1)
+    shifting = setting.shifting([(100.0, 10.0, 1)], 0).at_rate(1.0)
+    assert (shifting.prompt_tokens + shifting.output_tokens).max() <= own.max_model_tokens
 
 
 def test_a_day_is_symmetric_about_its_peak() -> None:
