@@ -59,8 +59,9 @@ AS_SIMULATED = 0.05
 
 
 class Verdict(NamedTuple):
-    """A policy on a cell, an entry for each seed: requests a second and P99 TBT over the promise, live and simulated;
-    median scheduling delay.
+    """A policy on a cell, an entry for each seed: requests a second, until the last token, and P99 TBT over the
+    promise, live and simulated; median scheduling delay; and requests a second until the last one's first token, for
+    one late request with a long output can be all that a run waits for.
     """
 
     live: list[float]
@@ -68,6 +69,7 @@ class Verdict(NamedTuple):
     tbt: list[float]
     simulated_tbt: list[float]
     delay_s: list[float]
+    begun: list[float]
 
     @property
     def error(self) -> float:
@@ -180,7 +182,7 @@ def judge(out: Path, cell: Cell, place: Place, model: StepTimeModel) -> dict[str
     """By the runs' names."""
     found: dict[str, Verdict] = {}
     for run in cell.runs(place):
-        verdict = found.setdefault(run.name, Verdict([], [], [], [], []))
+        verdict = found.setdefault(run.name, Verdict([], [], [], [], [], []))
         judge_run(cell, run, cell.run_folder(out, run), model, verdict)
     return found
 
@@ -198,18 +200,20 @@ def judge_run(cell: Cell, run: Served, folder: Path, model: StepTimeModel, verdi
     tbt_s = np.concatenate([outcome.tbt_s for outcome in outcomes])
     verdict.simulated_tbt.append(float(np.quantile(tbt_s, cell.slo.quantile)) / bound_s)
     verdict.delay_s.append(float(np.median(live.delay_s)))
+    verdict.begun.append(len(live.workload) / float((live.workload.arrival_s + live.ttft_s).max()))
 
 
 def table_of(cell: Cell, found: dict[str, Verdict]) -> Table:
     table = Table(title=f"{cell.workload}, {cell.slo} ms, oracle {cell.oracle}: live / simulated at the runs' speeds")
-    for column in ("policy", "req/s carried", "error", "P99 TBT of the promise", "promise kept", "median delay, s"):
+    columns = ("policy", "req/s carried", "error", "P99 TBT of the promise", "promise kept", "median delay, s")
+    for column in (*columns, "to first tokens, req/s"):
         table.add_column(column, justify="right", no_wrap=True)
     for policy, verdict in found.items():
         table.add_row(
             *(policy, f"{geometric_mean(verdict.live):.3f} / {geometric_mean(verdict.simulated):.3f}"),
             *(f"{verdict.error:+.1%}", f"{np.mean(verdict.tbt):.3f} / {np.mean(verdict.simulated_tbt):.3f}"),
             f"{sum(share <= 1 for share in verdict.tbt)} of {len(verdict.tbt)}",
-            f"{np.mean(verdict.delay_s):.2f}",
+            *(f"{np.mean(verdict.delay_s):.2f}", f"{geometric_mean(verdict.begun):.3f}"),
         )
     return table
 

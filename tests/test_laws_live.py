@@ -105,7 +105,7 @@ def test_a_plan_is_made_once(tmp_path: Path) -> None:
 
 def verdict(live: list[float], tbt: list[float], delay_s: float = 1.0, simulated: float = 1.0) -> Verdict:
     n = len(live)
-    return Verdict(live, [simulated] * n, tbt, [1.0] * n, [delay_s] * n)
+    return Verdict(live, [simulated] * n, tbt, [1.0] * n, [delay_s] * n, live)
 
 
 STEADY = [1.0, 1.0, 1.0]
