@@ -9,7 +9,7 @@ import torch
 from engine.execution import Execution
 from engine.model_runner import ModelRunner
 from engine.step_input import StepInput, even_step
-from engine.step_shapes import StepShape
+from engine.step_shapes import StepShape, product_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,21 @@ def rehearse(runner: ModelRunner, compute: Compute) -> None:
         in_flight.append(compute(runner, step))
     for execution in in_flight:
         execution.tokens()
+
+
+@torch.inference_mode()
+def load_kernels(runner: ModelRunner) -> None:
+    """Have the matrix kernels loaded that steps are likely to want: libraries choose them by size. None on a CPU.
+
+    CUDA loads a kernel at its first use, and then the host waits until the device is idle: a launch is late by as long
+    as the steps in flight take, and so are their tokens.
+    """
+    if runner.device.type == "cpu":
+        return
+    for n_tokens in reversed(product_sizes(runner.config.max_budget_tokens)):  # so that the allocator needs no more
+        runner.transformer.multiply(n_tokens, sampled=n_tokens <= runner.config.max_requests)
+    torch.cuda.synchronize(runner.device)
+    torch.cuda.empty_cache()  # what comes next takes what it needs in one piece
 
 
 def blocks_that_fit(

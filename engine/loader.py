@@ -8,7 +8,7 @@ import torch
 
 from engine.attention.choice import choose_attention, default_block_tokens
 from engine.config import EngineConfig, ModelSource
-from engine.kv_sizing import Compute, blocks_that_fit, rehearse
+from engine.kv_sizing import Compute, blocks_that_fit, load_kernels, rehearse
 from engine.model_config import ModelConfig
 from engine.model_runner import ModelRunner, check_sizes
 from engine.shapes import kv_bytes_per_token, parameter_count, source_model
@@ -109,7 +109,7 @@ def _settle_on_gpu(
             slow = slower_than_larger(runner.graphs.times_ms)
             # Ranks pad to the same sizes: what is slow on one of them is dropped on all.
             runner.graphs.drop([shape for shape in graphs if not smallest(int(shape not in slow))])
-        runner.load_kernels()
+        load_kernels(runner)
         rehearse(runner, compute)
     except (torch.OutOfMemoryError, OutOfDeviceMemory) as error:
         token_bytes = kv_bytes_per_token(runner.model, runner.transformer.dtype.itemsize, runner.shard)

@@ -21,7 +21,7 @@ from engine.request import Batch, StepResult
 from engine.sampler import Draws, draw, sample
 from engine.shard import SINGLE, WHOLE, Collectives, Shard
 from engine.step_input import StepInput, even_step, step_input
-from engine.step_shapes import StepShape, graph_shapes, product_sizes
+from engine.step_shapes import StepShape, graph_shapes
 from engine.weights import Weights
 
 _CPU = torch.device("cpu")
@@ -116,18 +116,6 @@ class ModelRunner:
         self._hidden = torch.zeros(size, dtype=self.transformer.dtype, device=self.device)
         outputs = self.config.max_requests if self.shard.is_last else shapes[0].n_tokens
         self.graphs = CudaGraphs(shapes, outputs, self._fill, self._compute_static, lambda: self.clock() * _S_PER_NS)
-
-    @torch.inference_mode()
-    def load_kernels(self) -> None:
-        """Have the matrix kernels loaded that steps are likely to want: libraries choose them by size.
-
-        CUDA loads a kernel at its first use, and then the host waits until the device is idle: a launch is late by as
-        long as the steps in flight take, and so are their tokens.
-        """
-        for n_tokens in reversed(product_sizes(self.config.max_budget_tokens)):  # so that the allocator needs no more
-            self.transformer.multiply(n_tokens, sampled=n_tokens <= self.config.max_requests)
-        torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()  # what comes next takes what it needs in one piece
 
     def launch(self, batch: Batch) -> "Pending":
         """Start computing: a CUDA device has all of it then, a CPU begins when the result is asked for.

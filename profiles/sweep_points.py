@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.config import EngineConfig
 from engine.request import Batch, Request, SamplingParams, Submit
-from envs.step_time_fit import SIZE_TOKENS
+from envs.step_time_features import SIZE_TOKENS
 
 IntArray = NDArray[np.int64]
 

@@ -14,7 +14,7 @@ from paged import Paged, make_request
 
 from engine.attention.choice import default_block_tokens
 from engine.config import EngineConfig, ModelSource
-from engine.kv_sizing import blocks_that_fit
+from engine.kv_sizing import blocks_that_fit, load_kernels
 from engine.loader import load_runner
 from engine.model_config import ModelConfig, read_model_config
 from engine.model_runner import ModelRunner
@@ -191,5 +191,5 @@ def test_loaded_kernels_leave_no_memory_taken(runner: ModelRunner) -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
-    runner.load_kernels()
+    load_kernels(runner)
     assert torch.cuda.memory_reserved() == before
