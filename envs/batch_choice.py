@@ -211,7 +211,6 @@ def choose(
         budget = _largest_budget(machine, decodes, prompts, limit_s, tile, most_tiles, shares)
         if not even:
             budget = _best_size(machine, decodes, prompts, limit_s, tile, most_tiles, shares, budget)
-        seconds = np.inf
         while True:
             tokens = max(budget - decodes[0], 0.0)
             chunk = float(budget) if shares == 1.0 else _chunk(tokens, shares, tile)
