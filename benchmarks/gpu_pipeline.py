@@ -4,19 +4,20 @@
 
 The ranks are processes, the core and its scheduler run here, and requests come in a closed loop (so many at a time,
 where one ends the next comes) without HTTP, for the same seconds in every run. Bubbles are what every stage reports:
-seconds idle while work waited, compared per token computed. Equal time has one parameter, as a static budget has: the
-time that a microbatch takes, here some multiples of one that only decodes. Against each static budget stands the one
-that has the least bubbles among those with no longer P99 TBT and no fewer tokens a second. What a microbatch takes
-comes from a sweep (`pacer profile`) on the same ranks, kept in the folder as a step-time model. Runs that the folder
-holds are not made again. On a CPU (--device cpu) the built-in model in two processes shows that the script works.
+seconds idle while work waited, compared per token computed. Microbatches of equal time are those of the predictive law
+in a pipeline, under promises that are shares of the P99 TBT that each static budget had. Against each static budget
+stands the run of the law that has the least bubbles among those with no longer P99 TBT and no fewer tokens a second.
+The law's step-time model comes from a sweep (`pacer profile`) on the same ranks, kept in the folder. Runs that the
+folder holds are not made again. On a CPU (--device cpu) the built-in model in two processes shows that the script
+works.
 """
 
 import argparse
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,16 +25,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.equal_time import equal_time
 from benchmarks.pipeline_ranks import Ranks
 from benchmarks.pipeline_runs import ClosedLoop, figures
 from benchmarks.report import report
 from engine.config import EngineConfig, ModelSource
+from envs.slo import Slo
 from envs.trace import make_workload
 from envs.workload import Workload
 from policies.catalogue import Law, parse_law
 
 GOAL = 0.55
+PREDICTIVE = "predictive"
 JUDGED_MIX = "long-prompts"
 SLACK = 0.02  # by which P99 TBT may be longer and throughput lower, and still be the same
 REQUESTS = 400
@@ -88,29 +90,34 @@ class Bench:
         )
         self.ranks = Ranks(source, config)
 
-    def run(self, mix: str, law: Law) -> None:
-        """Make a run, unless it is there."""
-        key = f"{self.setting.name} {mix} {law.spec}"
-        if any(row["key"] == key for row in self._rows):
-            return
+    def run(self, mix: str, law: Law, promise_s: float | None = None) -> Row:
+        """The row of a run, which is made unless it is there."""
+        promised = "" if promise_s is None else f" {promise_s * 1e3:.1f} ms"
+        key = f"{self.setting.name} {mix} {law.spec}{promised}"
+        if known := next((row for row in self._rows if row["key"] == key), None):
+            return known
         lengths, at_once = self._mixes[mix]
         workload = self._workload(lengths)
         loop = ClosedLoop(self.ranks.runner, self.ranks.config, law, workload, at_once, time.monotonic_ns)
-        row = {"key": key, **self.setting._asdict(), "mix": mix, "law": law.spec, "at_once": at_once}
-        row |= {"attention": self.ranks.attention} | figures(loop.run(self._args.seconds, self._args.warm_up))
+        row = {"key": key, **self.setting._asdict(), "mix": mix, "law": f"{law.spec}{promised}", "at_once": at_once}
+        row |= {"promise_s": promise_s, "attention": self.ranks.attention}
+        row |= figures(loop.run(self._args.seconds, self._args.warm_up))
         self._rows.append(row)
         (self._args.out / "runs.json").write_text(json.dumps(self._rows, indent=1))
         print(f"{key}: bubbles {row['bubble_share']:.1%}, {row['tokens_s']:.0f} tokens/s", flush=True)
+        return row
 
-    def run_equal(self, mix: str) -> None:
-        """Equal time, at multiples of what a microbatch takes that only decodes."""
-        lengths, at_once = self._mixes[mix]
-        decodes = at_once / self.setting.stages
-        context = decodes * float(self._workload(lengths).prompt_tokens.mean())
-        model = self.ranks.step_time(self._args.out / f"{self.setting.name}.json", self._args.sweep, self._args.seed)
-        decoding_s = model.mean_s(decodes, context, 0, 0, 0)
-        for factor in self._args.targets:
-            self.run(mix, equal_time(model, factor * decoding_s, self.setting.stages))
+    def run_beside(self, mix: str, budget_tokens: int) -> None:
+        """A static budget, and in a pipeline the predictive law under shares of the P99 TBT that it had."""
+        static = self.run(mix, parse_law(f"static:budget={budget_tokens}"))
+        if self.setting.stages == 1 or static["tbt_p99_s"] is None:
+            return
+        for share in self._args.promises:
+            model = self.ranks.step_time(
+                self._args.out / f"{self.setting.name}.json", self._args.sweep, self._args.seed
+            )
+            promise_s = share * static["tbt_p99_s"]
+            self.run(mix, parse_law(PREDICTIVE, Slo(tbt_s=promise_s), model), promise_s)
 
     def _workload(self, lengths: str) -> Workload:
         rng = np.random.default_rng(self._args.seed)
@@ -125,39 +132,33 @@ def run_setting(setting: Setting, args: argparse.Namespace, rows: list[Row]) -> 
     except Exception:
         traceback.print_exc()
         return
-    for mix in args.mixes:
-        todo: list[Callable[[], None]] = [
-            partial(bench.run, mix, parse_law(f"static:budget={tokens}")) for tokens in args.budgets
-        ]
-        if setting.stages > 1:
-            todo.append(partial(bench.run_equal, mix))
-        for run in todo:
-            try:
-                run()
-            except Exception:
-                traceback.print_exc()
+    for mix, budget_tokens in product(args.mixes, args.budgets):
+        try:
+            bench.run_beside(mix, budget_tokens)
+        except Exception:
+            traceback.print_exc()
     bench.ranks.close()
 
 
 def comparisons(rows: list[Row]) -> Iterator[Row]:
-    """Of every static budget in a pipeline, what equal time made of its bubbles under the same promise."""
+    """Of every static budget in a pipeline, what the law made of its bubbles with the same P99 TBT and throughput."""
     for static in rows:
         if static["parallel"] != "pp2" or not static["law"].startswith("static:"):
             continue
-        rivals = [row for row in rows if row["law"].startswith("equal ") and _same(row, static)]
+        rivals = [row for row in rows if row["law"].startswith(PREDICTIVE) and _same(row, static)]
         keeping = [row for row in rivals if _keeps(row, static)]
         if rivals:
-            equal = min(keeping or rivals, key=lambda row: float(row["bubble_ms_per_ktoken"]))
-            cut = 1 - equal["bubble_ms_per_ktoken"] / static["bubble_ms_per_ktoken"]
-            yield {"static": static["key"], "equal": equal["law"], "bubbles_cut": cut, "keeps": bool(keeping)}
+            law = min(keeping or rivals, key=lambda row: float(row["bubble_ms_per_ktoken"]))
+            cut = 1 - law["bubble_ms_per_ktoken"] / static["bubble_ms_per_ktoken"]
+            yield {"static": static["key"], "law": law["law"], "bubbles_cut": cut, "keeps": bool(keeping)}
 
 
-def _keeps(equal: Row, static: Row) -> bool:
+def _keeps(law: Row, static: Row) -> bool:
     """Whether streams wait no longer and no fewer tokens are computed."""
-    if equal["tbt_p99_s"] is None or static["tbt_p99_s"] is None:
+    if law["tbt_p99_s"] is None or static["tbt_p99_s"] is None:
         return False
-    same_tbt = equal["tbt_p99_s"] <= (1 + SLACK) * static["tbt_p99_s"]
-    return bool(same_tbt and equal["tokens_s"] >= (1 - SLACK) * static["tokens_s"])
+    same_tbt = law["tbt_p99_s"] <= (1 + SLACK) * static["tbt_p99_s"]
+    return bool(same_tbt and law["tokens_s"] >= (1 - SLACK) * static["tokens_s"])
 
 
 def _same(a: Row, b: Row) -> bool:
@@ -178,7 +179,7 @@ def show(rows: list[Row], compared: list[Row]) -> None:
     console.print(table)
     for row in compared:
         promise = "same P99 TBT and throughput or better" if row["keeps"] else "but P99 TBT or throughput is worse"
-        console.print(f"{row['static']} -> {row['equal']}: {row['bubbles_cut']:.1%} of the bubbles cut, {promise}")
+        console.print(f"{row['static']} -> {row['law']}: {row['bubbles_cut']:.1%} of the bubbles cut, {promise}")
 
 
 def _pair(row: Row, name: str, factor: float, form: str) -> str:
@@ -194,7 +195,7 @@ def arguments() -> argparse.Namespace:
     add("--attentions", nargs="+", default=("auto",), help="a row for each, as in flash-attn-4 flashinfer")
     add("--mixes", nargs="+", choices=tuple(MIXES), help="default: all")
     add("--budgets", type=int, nargs="+", help="static ones; default: 512 2048, on a CPU 64 256")
-    add("--targets", type=float, nargs="+", default=(1.5, 2.5, 4.0), help="of equal time, in decode-only microbatches")
+    add("--promises", type=float, nargs="*", default=(0.5, 1.0), help="of the law, in P99 TBTs of each static budget")
     add("--seconds", type=float, default=15.0, help="of measuring in each run")
     add("--warm-up", type=float, default=15.0, help="seconds at most until requests at once have begun to decode")
     add("--max-model-len", type=int, help="default: 32768, on a CPU 2048")

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from checkpoints import ENGINE, LLAMA_SIZES, N_NEW, PROMPTS, expected_outputs, write_checkpoint
+import torch
+from checkpoints import CHECKPOINTS, ENGINE, LLAMA_SIZES, N_NEW, PROMPTS, expected_outputs, write_checkpoint
 
 from engine.config import EngineConfig, ModelSource
 from engine.core import EngineCore, Pending, Runner
@@ -101,6 +102,24 @@ def test_greedy_tokens_are_those_of_transformers(split: tuple[Engine, Path, list
     engine, _, expected = split
     assert engine.generate(WHOLE) == expected
     assert engine.generate(RANDOM) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tensor", "stages"), [(2, 1), (1, 2), (2, 2)], ids=["tp2", "pp2", "tp2 x pp2"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_several_gpus_give_the_greedy_tokens_of_transformers(
+    name: str, tensor: int, stages: int, tmp_path: Path
+) -> None:
+    if torch.cuda.device_count() < tensor * stages:
+        pytest.skip(f"needs {tensor * stages} GPUs")
+    expected = expected_outputs(write_checkpoint(name, tmp_path))
+    source = ModelSource(tmp_path, device="cuda")
+    engine = Engine(source, tensor_parallel=tensor, pipeline_parallel=stages, look_ahead=stages == 1)
+    try:
+        assert engine.generate(WHOLE) == expected
+        assert engine.generate(RANDOM) == expected
+    finally:
+        engine.runner.close()
 
 
 def test_drawn_tokens_are_those_of_one_process(split: tuple[Engine, Path, list[list[int]]]) -> None:
