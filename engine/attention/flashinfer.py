@@ -10,7 +10,8 @@ from engine.attention.backend import BLOCK_TOKENS, EagerOnly, KvCache
 from engine.device_inputs import DeviceInputs
 from engine.step_input import StepInput
 
-_WORKSPACE_BYTES = 256 << 20
+_LEAST_WORKSPACE_BYTES = 128 << 20  # FlashInfer's recommendation
+_QUERY_TILE = 128  # FlashInfer's largest
 
 
 class FlashInferAttention(EagerOnly):
@@ -30,7 +31,7 @@ class FlashInferAttention(EagerOnly):
         self.cache = cache
         self.windows = windows
         self.heads = heads
-        workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=cache[0].device)
+        workspace = torch.empty(self._workspace_bytes(), dtype=torch.uint8, device=cache[0].device)
         self.decode = [
             {
                 window: flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=True)
@@ -43,6 +44,7 @@ class FlashInferAttention(EagerOnly):
             for _ in range(depth + 1)
         ]
         self.turn = 0
+        self._load_decode()
 
     def prepare(self, step: StepInput, inputs: DeviceInputs) -> "_FlashInferBatch":
         ends = step.context + step.n_tokens
@@ -54,19 +56,35 @@ class FlashInferAttention(EagerOnly):
         pages = pages.pin_memory().to(self.cache[0].device, non_blocking=True)
         self.turn = (self.turn + 1) % len(self.prefill)
         wrappers = (self.decode if inputs.decodes_only else self.prefill)[self.turn]
+        kv = page_starts, pages, last_page_tokens
         for window, wrapper in wrappers.items():
-            common: dict[str, Any] = {
-                "window_left": -1 if window is None else window - 1,
-                "q_data_type": self.cache[0].dtype,
-                "kv_data_type": self.cache[0].dtype,
-            }
-            shape = (self.heads, self.kv_heads, self.head_dim, self.page_tokens)
             if inputs.decodes_only:
-                wrapper.plan(page_starts, pages, last_page_tokens, *shape, **common)
+                wrapper.plan(*kv, *self._shape(), **self._options(window))
             else:
-                query_starts = _starts(step.n_tokens)
-                wrapper.plan(query_starts, page_starts, pages, last_page_tokens, *shape, causal=True, **common)
+                wrapper.plan(_starts(step.n_tokens), *kv, *self._shape(), causal=True, **self._options(window))
         return _FlashInferBatch(self, wrappers)
+
+    def _load_decode(self) -> None:
+        """Attend to one token: the kernels are compiled at first use, and the engine rehearses prefills only."""
+        one = torch.ones(1, dtype=torch.int32)
+        page = torch.zeros(1, dtype=torch.int32, device=self.cache[0].device)
+        q = self.cache[0].new_zeros(1, self.heads, self.head_dim)
+        for window, wrapper in self.decode[0].items():
+            wrapper.plan(_starts(np.ones(1, np.int32)), page, one, *self._shape(), **self._options(window))
+            wrapper.run(q, self.cache[0])
+
+    def _workspace_bytes(self) -> int:
+        """For partial results in float32: keys are split among at most two programs a multiprocessor."""
+        programs = 2 * torch.cuda.get_device_properties(self.cache[0].device).multi_processor_count
+        queries = self.heads * (programs // self.kv_heads) * _QUERY_TILE
+        return max(_LEAST_WORKSPACE_BYTES, queries * (self.head_dim + 1) * 4 + 1024)
+
+    def _shape(self) -> tuple[int, ...]:
+        return self.heads, self.kv_heads, self.head_dim, self.page_tokens
+
+    def _options(self, window: int | None) -> dict[str, Any]:
+        dtype = self.cache[0].dtype
+        return {"window_left": -1 if window is None else window - 1, "q_data_type": dtype, "kv_data_type": dtype}
 
 
 @dataclass(slots=True)
