@@ -12,7 +12,7 @@ from envs.machine_speed import N_PARTS, N_SIZES, Speed, as_run
 from envs.outlook import Outlook
 from envs.step_mean import FloatArray, sized_tokens
 
-SHARES = 8.0  # a chunk is no smaller than the budget over that
+SHARES = 4.0  # a chunk is no smaller than the budget over that: with 8, long prompts wait for too long
 CROWDED = 0.9  # of the KV cache: no more prompts are begun side by side
 WORTH = 1.3  # times the gain of the whole budget, before prompts share it
 LEAST_SIZE, MOST_SIZE = 0.5, 1.25  # of the largest budget found, among which a better size is looked for
@@ -35,7 +35,7 @@ class BatchChooser:
     The budget is the largest whose batch would take `limit_s` if prompts came to fill it; or, where the model tells of
     sizes that are served better than others and what waits fills the batch, one of at least `LEAST_SIZE` of it that
     computes more prompt tokens a second, unless microbatches are to be `even`. It is shared out evenly among
-    the first one, two, four or eight prompts, by the chunk; the shares that gain most per second are taken:
+    the first one, two or four prompts, by the chunk; the shares that gain most per second are taken:
 
         gain = sum over the batch's prompts of (tokens computed / tokens left)
 
