@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from engine.compiled import compiled
 from engine.protocol import MOST_PROMPTS
-from envs.batch_choice import CROWDED, SHARES, WORTH, choose
+from envs.batch_choice import CROWDED, WORTH, choose
 from envs.features import (
     IN_FLIGHT,
     Composition,
@@ -35,6 +35,7 @@ from envs.step_time import StepTimeModel
 LIMIT_REACH = 0.3  # logarithm of what an action at its end makes of the time limit
 PIPELINE = 0.3  # the same of what the limit is less in a pipeline: as predictive's debts make it at most
 SHARE_REACH = 1.5  # the same of what sharing a batch must gain
+SHARES = 8.0  # a chunk is no smaller than the budget over that: so it was when the shipped laws were trained
 
 NO_COEFFICIENTS = np.zeros(0)
 NO_COEFFICIENTS.flags.writeable = False  # as a model's are: to numba that is another type

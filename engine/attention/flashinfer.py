@@ -12,6 +12,7 @@ from engine.step_input import StepInput
 
 _LEAST_WORKSPACE_BYTES = 128 << 20  # FlashInfer's recommendation
 _QUERY_TILE = 128  # FlashInfer's largest
+_SPLIT_PAGES = 16  # of one request, that it splits among programs, whose results another kernel merges
 
 
 class FlashInferAttention(EagerOnly):
@@ -65,12 +66,12 @@ class FlashInferAttention(EagerOnly):
         return _FlashInferBatch(self, wrappers)
 
     def _load_decode(self) -> None:
-        """Attend to one token: the kernels are compiled at first use, and the engine rehearses prefills only."""
-        one = torch.ones(1, dtype=torch.int32)
-        page = torch.zeros(1, dtype=torch.int32, device=self.cache[0].device)
+        """Attend to some pages: the engine sizes its memory by prefills, and what loads kernels must not be timed."""
+        pages = torch.zeros(_SPLIT_PAGES, dtype=torch.int32, device=self.cache[0].device)
+        kv = _starts(np.full(1, _SPLIT_PAGES)), pages, torch.full((1,), self.page_tokens, dtype=torch.int32)
         q = self.cache[0].new_zeros(1, self.heads, self.head_dim)
         for window, wrapper in self.decode[0].items():
-            wrapper.plan(_starts(np.ones(1, np.int32)), page, one, *self._shape(), **self._options(window))
+            wrapper.plan(*kv, *self._shape(), **self._options(window))
             wrapper.run(q, self.cache[0])
 
     def _workspace_bytes(self) -> int:
