@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.paper_plan import PREDICTIVE
+from benchmarks.paper_verdicts import Row, pair
 from benchmarks.pipeline_ranks import Ranks
 from benchmarks.pipeline_runs import ClosedLoop, figures
 from benchmarks.report import report
@@ -36,13 +38,11 @@ from envs.workload import Workload
 from policies.catalogue import Law, parse_law
 
 GOAL = 0.55
-PREDICTIVE = "predictive"
 JUDGED_MIX = "long-prompts"
 SLACK = 0.02  # by which P99 TBT may be longer and throughput lower, and still be the same
 REQUESTS = 400
 MIXES = {"conversation": ("conversation", 48), "long-prompts": ("long-prompts", 16)}  # lengths, requests at once
 CPU_MIXES = {"long-prompts": ("lognormal:300/0.9/1500,24/0.4/48", 6)}
-Row = dict[str, Any]
 
 
 class Setting(NamedTuple):
@@ -179,18 +179,13 @@ def show(rows: list[Row], compared: list[Row]) -> None:
         table.add_row(
             *(row["shape"], row["parallel"], row["attention"], row["mix"], row["law"]),
             *(f"{row['bubble_share']:.1%}", f"{row['bubble_ms_per_ktoken']:.1f}"),
-            *(_pair(row, "tbt", 1e3, ".1f"), _pair(row, "ttft", 1.0, ".2f"), f"{row['tokens_s']:.0f}"),
+            *(pair(row, "tbt", 1e3, ".1f"), pair(row, "ttft", 1.0, ".2f"), f"{row['tokens_s']:.0f}"),
         )
     console = Console(width=160)
     console.print(table)
     for row in compared:
         promise = "same P99 TBT and throughput or better" if row["keeps"] else "but P99 TBT or throughput is worse"
         console.print(f"{row['static']} -> {row['law']}: {row['bubbles_cut']:.1%} of the bubbles cut, {promise}")
-
-
-def _pair(row: Row, name: str, factor: float, form: str) -> str:
-    values = (row[f"{name}_p50_s"], row[f"{name}_p99_s"])
-    return " / ".join("-" if value is None else format(value * factor, form) for value in values)
 
 
 def arguments() -> argparse.Namespace:
