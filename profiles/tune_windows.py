@@ -25,7 +25,7 @@ AT_THE_EDGE = 3 * SPENT  # of them near the edge, until it counts as known: a P9
 NEAR = 0.15  # candidates so near to one another tell the same
 PRECISION = 0.05  # an edge that moved by less has settled
 MAX_RAISE = 2.0  # beyond what has been seen, the line is a guess
-RETREAT = 0.85  # from an edge at which windows are cut: an engine's time may run out before one near it holds
+RETREAT = 0.85  # from an edge at which windows fail: an engine's time may run out before one near it holds
 LATE_ENOUGH = 3  # iterations: so many late ones, and many times more than the SLO spares, settle it
 MANY_TIMES = 10
 PATIENCE_S = 60.0  # traffic that does not fill a window within that does not need so large a budget
@@ -70,6 +70,11 @@ class Window:
         """Late beyond doubt: measuring on would hurt for nothing."""
         share = min(MANY_TIMES * (1 - self.slo.quantile), 0.5)
         return self.n_late >= LATE_ENOUGH and self.n_late > share * len(self.tbt_s)
+
+    @property
+    def failed(self) -> bool:
+        """Cut, or over with the promise broken: at the edge, that may be chance."""
+        return self.cut or (self.n_spent >= SPENT and self.quantile_s > tbt_bound_s(self.slo))
 
     @property
     def idle(self) -> bool:
@@ -254,8 +259,8 @@ class LiveTuner:
         return tbt_s.size >= SPENT and _quantile(tbt_s, decodes, self._slo.quantile) <= tbt_bound_s(self._slo)
 
     def _safe(self, edge: float) -> float:
-        """Below it while nothing has held, the further the more was cut: first one that holds, then the largest."""
-        failed = sum(window.cut for window in self._windows)
+        """Below it while nothing has held, the further the more failed: first one that holds, then the largest."""
+        failed = sum(window.failed for window in self._windows)
         return edge if self.best_tokens is not None else edge * RETREAT ** max(failed - 1, 0)
 
     def _within_reach(self, edge: float) -> int:

@@ -14,7 +14,7 @@ from envs.step_time import StepTimeModel
 from envs.trace import Workload, make_workload
 from policies.policy import Decision
 from profiles.capacity import Trial
-from profiles.tune_windows import AT_THE_EDGE, LATE_ENOUGH, SPENT, LiveTuner, Window, edge_tokens
+from profiles.tune_windows import AT_THE_EDGE, LATE_ENOUGH, RETREAT, SPENT, LiveTuner, Window, edge_tokens
 
 SLO = Slo(tbt_s=0.15)
 CPU = StepTimeModel.from_formula((0.010, 0.0005, 1e-7), (0.012, 0.0009, 1e-7, 2e-8, 0.0005)).with_noise(0.05)
@@ -170,6 +170,19 @@ def test_the_best_is_within_the_edge_or_has_kept_the_promise(windows: list[Windo
     tuner = LiveTuner(Loop(None).step(), Slo(tbt_s=0.1, quantile=0.9), 20, lambda _: None, lambda _: None)
     tuner._windows, tuner.edge_tokens = windows, 58.0
     assert tuner._best() == best
+
+
+def test_the_next_is_the_further_below_the_edge_the_more_failed_until_one_has_held() -> None:
+    tuner = LiveTuner(Loop(None).step(), Slo(tbt_s=0.1, quantile=0.9), 20, lambda _: None, lambda _: None)
+    cut, broken = measured(80, *[True] * LATE_ENOUGH), measured(60, *[True] * 6, *[False] * SPENT)
+    assert (cut.cut, cut.failed, broken.cut, broken.failed) == (True, True, False, True)
+    nexts = []
+    for window in (cut, broken, measured(60, *[True] * 6, *[False] * 10)):  # the last one was too short to tell
+        tuner._windows.append(window)
+        nexts.append(tuner._safe(58.0))
+    assert nexts == pytest.approx([58.0, 58.0 * RETREAT, 58.0 * RETREAT])
+    tuner.best_tokens = 40
+    assert tuner._safe(58.0) == 58.0
 
 
 def test_it_stays_within_the_launch_bounds() -> None:
