@@ -196,7 +196,7 @@ def arguments() -> argparse.Namespace:
     add("--attentions", nargs="+", default=("auto",), help="a row for each, as in flash-attn-4 flashinfer")
     add("--mixes", nargs="+", choices=tuple(MIXES), help="default: all")
     add("--budgets", type=int, nargs="+", help="static ones; default: 512 2048, on a CPU 64 256")
-    add("--promises", type=float, nargs="*", default=(0.6, 1.0), help="of the law, in P99 TBTs of each static budget")
+    add("--promises", type=float, nargs="*", default=(0.55, 1.0), help="of the law, in P99 TBTs of each static budget")
     add("--seconds", type=float, default=15.0, help="of measuring in each run")
     add("--warm-up", type=float, default=15.0, help="seconds at most until requests at once have begun to decode")
     add("--max-model-len", type=int, help="default: 32768, on a CPU 2048")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 STRICTEST = 0.3  # wider, in logarithms, is the margin when as much is owed as can be
 SPREAD = 8.0  # of what the prompts of a pipeline take, a stage's next microbatch has no more than this part
+RISE = 16  # microbatches of a pipeline in which their time grows by the factor that it may grow by
 SMALL_TOKENS = 256  # however few prompts there are: smaller batches compute fewer tokens a second
 LEAST_PACE = 0.5  # of the pace promised: what a request that is behind is helped with
 
@@ -47,6 +48,11 @@ class Predictive:
     one of them could take all prompts that are there, and the next ones would run without, they are spread:
 
         limit <= time of the decodes + time of the prompts / (SPREAD * stages), or that of SMALL_TOKENS more if longer
+
+    What a microbatch takes more or less than the one before is a bubble in some stage: their time falls at once where
+    it must, and rises slowly, so that it rises and falls less often:
+
+        limit <= before * (limit / before)^(1 / RISE)    before: what the microbatch before was allowed
     """
 
     RANGES: ClassVar = {"quantile": (0.5, 0.9999)}
@@ -64,6 +70,7 @@ class Predictive:
         self._log = IterationLog()
         self._stages = 1
         self._turns: deque[Outlook] = deque(maxlen=1)  # of each microbatch of the pipeline
+        self._before_s = math.inf  # allowed to the microbatch before
         in_force = (first.knobs.budget_tokens, first.knobs.chunk_tokens)
         under_way = first.dead_time_iterations - 1
         self._sent = deque([in_force] * under_way, under_way)  # knobs of the iterations in between
@@ -98,8 +105,8 @@ class Predictive:
         bounds, speed = telemetry.bounds, self._speed.speed
         limited = outlook.decodes > 0 or self._stages > 1  # in a pipeline other microbatches' decodes wait behind it
         limit_s, why = self._limit(telemetry, outlook) if limited else (math.inf, "nobody decodes, no limit")
-        if self._stages > 1 and (even_s := self._even_s(outlook)) < limit_s:
-            limit_s, why = even_s, f"{1e3 * even_s:.1f} allowed, prompts spread over {self._stages} stages"
+        if self._stages > 1:
+            limit_s, why = self._level(limit_s, why, self._even_s(outlook))
         share, even = telemetry.kv_usage < CROWDED, self._stages > 1
         budget, chunk, step_s = self._chooser.choose(outlook, limit_s, speed, share=share, even=even)
         least = bounds.min_budget_tokens
@@ -119,6 +126,16 @@ class Predictive:
         sigma = self._deviation * self._speed.noise(mixed=True)
         limit_s *= math.exp(-z * sigma - STRICTEST * debt) / self._stages
         return limit_s, f"{1e3 * limit_s:.1f} allowed, {why}"
+
+    def _level(self, limit_s: float, why: str, even_s: float) -> tuple[float, str]:
+        """Seconds that the next microbatch of a pipeline may take beside the others, and why."""
+        if even_s < limit_s:
+            limit_s, why = even_s, f"{1e3 * even_s:.1f} allowed, prompts spread over {self._stages} stages"
+        if limit_s > self._before_s:
+            limit_s = self._before_s * (limit_s / self._before_s) ** (1 / RISE)
+            why = f"{1e3 * limit_s:.1f} for now, {why}"
+        self._before_s = limit_s
+        return limit_s, why
 
     def _even_s(self, outlook: Outlook) -> float:
         """Mean seconds of a microbatch beside which the pipeline's others do not run out of prompts.

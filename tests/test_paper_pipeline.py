@@ -103,7 +103,7 @@ def test_the_predictive_law_drives_the_core_and_keeps_the_strict_promise_with_fa
     bound_s = PROMISES["strict"] * DECODE_S
     assert law["tbt_p99_s"] <= 1.05 * bound_s < static["tbt_p99_s"]  # 20 s are short for a P99 that is aimed at
     assert law["tbt_p99_s"] > 0.7 * bound_s, "it uses what the promise leaves"
-    assert law["bubble_ms_per_ktoken"] < 0.45 * static["bubble_ms_per_ktoken"]
+    assert law["bubble_ms_per_ktoken"] < 0.22 * static["bubble_ms_per_ktoken"]
     assert law["tokens_s"] > static["tokens_s"]
 
 
@@ -113,7 +113,7 @@ def test_the_predictive_law_drives_the_core_and_keeps_the_strict_promise_with_fa
 def test_prompts_are_spread_over_the_microbatches_whatever_the_promise(promise: str, mix: str, at_once: int) -> None:
     law, static = (live(policy, PROMISES[promise], at_once, mix) for policy in (PREDICTIVE, FIXED[-1]))
     assert law["tbt_p99_s"] <= PROMISES[promise] * DECODE_S
-    assert law["bubble_ms_per_ktoken"] < 0.4 * static["bubble_ms_per_ktoken"]
+    assert law["bubble_ms_per_ktoken"] < 0.22 * static["bubble_ms_per_ktoken"]
     assert law["tokens_s"] > static["tokens_s"]
 
 
