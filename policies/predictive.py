@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 STRICTEST = 0.3  # wider, in logarithms, is the margin when as much is owed as can be
 SPREAD = 8.0  # of what the prompts of a pipeline take, a stage's next microbatch has no more than this part
-RISE = 16  # microbatches of a pipeline in which their time grows by the factor that it may grow by
+RISE = 16  # microbatches of a pipeline: the time constant at which their time grows to what it may be
 SMALL_TOKENS = 256  # however few prompts there are: smaller batches compute fewer tokens a second
 LEAST_PACE = 0.5  # of the pace promised: what a request that is behind is helped with
 
