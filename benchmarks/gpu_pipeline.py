@@ -86,7 +86,7 @@ class Bench:
             kv_blocks=0,
             tensor_parallel=tensor,
             pipeline_parallel=setting.stages,
-            look_ahead=self._cuda and setting.stages == 1,
+            look_ahead=self._cuda,
             knobs_ttl_s=3600.0,
         )
         self.ranks = Ranks(source, config)
@@ -196,11 +196,17 @@ def arguments() -> argparse.Namespace:
     add("--attentions", nargs="+", default=("auto",), help="a row for each, as in flash-attn-4 flashinfer")
     add("--mixes", nargs="+", choices=tuple(MIXES), help="default: all")
     add("--budgets", type=int, nargs="+", help="static ones; default: 512 2048, on a CPU 64 256")
-    add("--promises", type=float, nargs="*", default=(0.55, 1.0), help="of the law, in P99 TBTs of each static budget")
+    add(
+        "--promises",
+        type=float,
+        nargs="*",
+        default=(0.55, 0.75, 1.0),
+        help="of the law, in P99 TBTs of each static budget",
+    )
     add("--seconds", type=float, default=15.0, help="of measuring in each run")
     add("--warm-up", type=float, default=15.0, help="seconds at most until requests at once have begun to decode")
     add("--max-model-len", type=int, help="default: 32768, on a CPU 2048")
-    add("--sweep", type=float, default=40.0, help="seconds of the sweep for a step-time model")
+    add("--sweep", type=float, default=120.0, help="seconds of the sweep for a step-time model")
     add(
         "--out", type=Path, default=Path("pacer-out/gpu-pipeline"), help="folder; runs that it holds are not made again"
     )

@@ -101,7 +101,7 @@ class Setting(NamedTuple):
             kv_blocks=0,
             tensor_parallel=self.tensor,
             pipeline_parallel=self.stages,
-            look_ahead=device == "cuda" and self.stages == 1,
+            look_ahead=device == "cuda",
             knobs_ttl_s=3600.0,
         )
 

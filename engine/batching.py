@@ -35,7 +35,8 @@ class RequestArrays(NamedTuple):
 
     A request can be scheduled while `context < context_limit`. On one stage that is all its tokens but the last, which
     is never computed: what an iteration in flight samples is on the device when the next one needs it. In a pipeline
-    the first stage needs it while the last has yet to sample it, so the limit is the tokens whose values are known.
+    the first stage needs it while the last has yet to sample it, so the limit is the tokens whose values are known,
+    and under look-ahead those, too, that the oldest iteration in flight samples: the first stage waits for these.
     """
 
     context: IntArray  # tokens in the KV cache, once all that is in flight has run

@@ -17,10 +17,10 @@ class EngineConfig:
     """Start-up choices of one engine.
 
     The budget and chunk are the fallback knobs: in force until a controller answers, and again when it has been silent
-    for `knobs_ttl_s`. With `look_ahead` an iteration is formed while the one before still runs, so that the device
-    never waits for Python; a pipeline has as many in flight as it has stages. `block_tokens` and `kv_blocks` may be 0
-    until the model is loaded, which settles them: what the attention backend prefers, and what the memory holds. Raises
-    ValueError with the value and the remedy.
+    for `knobs_ttl_s`. As many iterations are in flight as the pipeline has stages; with `look_ahead` one more, formed
+    before the tokens of the oldest are known here, so that the device never waits for Python. `block_tokens` and
+    `kv_blocks` may be 0 until the model is loaded, which settles them: what the attention backend prefers, and what the
+    memory holds. Raises ValueError with the value and the remedy.
     """
 
     name: str = "pacer"
@@ -73,11 +73,6 @@ class EngineConfig:
             raise ValueError(f"knobs_ttl_s is {self.knobs_ttl_s}; it must be above 0 and at most {MAX_TTL_S:.0f}")
 
     def _check_together(self) -> None:
-        if self.look_ahead and self.pipeline_parallel > 1:
-            raise ValueError(
-                f"look_ahead with pipeline_parallel {self.pipeline_parallel}: a pipeline has several in flight "
-                "already; choose one"
-            )
         if self.max_requests > self.max_budget_tokens:
             raise ValueError(
                 f"max_requests {self.max_requests} decodes would not fit max_budget_tokens {self.max_budget_tokens}: "
@@ -97,7 +92,7 @@ class EngineConfig:
     @property
     def depth(self) -> int:
         """Iterations in flight at once."""
-        return self.pipeline_parallel if self.pipeline_parallel > 1 else 1 + self.look_ahead
+        return self.pipeline_parallel + self.look_ahead
 
     @property
     def bounds(self) -> Bounds:

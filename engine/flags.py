@@ -140,7 +140,7 @@ def capacities(args: argparse.Namespace) -> dict[str, Any]:
         "tensor_parallel": args.tensor_parallel_size,
         "pipeline_parallel": args.pipeline_parallel_size,
         # On a GPU Python would hold up the device; on a CPU they share the cores, and a step is long.
-        "look_ahead": cuda and args.pipeline_parallel_size == 1,
+        "look_ahead": cuda,
         "seed": args.seed,
     }
 

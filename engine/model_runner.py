@@ -1,5 +1,6 @@
 """Runs batches through a rank's part of the model, on a CPU or on a CUDA device."""
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
@@ -68,9 +69,8 @@ class ModelRunner:
         self.transformer = Transformer(model, weights, config.max_model_tokens, choose_ops(device), shard, collectives)
         self.graphs: CudaGraphs | None = None
         self._attention = attention
-        self._previous: Batch | None = None
+        self._in_flight: deque[Batch] = deque()  # oldest first
         self._last: Execution | None = None
-        self._launched = self._taken = 0
         self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._work_since_ns: int | None = None  # of the step enqueued last
         if config.kv_blocks > 0:
@@ -99,6 +99,13 @@ class ModelRunner:
         self._host = cycle([HostBuffer(self._layout, config.max_requests, device) for _ in range(config.depth + 1)])
         self._static = None if device.type == "cpu" else DeviceBuffer(self._layout, device)
 
+    @property
+    def sampled(self) -> torch.Tensor:
+        """int32 [max_requests]: the tokens of the step computed last; the first of several stages receives its next
+        step's into it.
+        """
+        return self._sampled
+
     def graph_shapes(self, mixed: bool) -> list[StepShape]:
         """The steps to capture, largest first: of decodes, and small mixed ones if asked; none where none can be."""
         if self.device.type != "cuda" or not self.backend.captures:
@@ -122,12 +129,11 @@ class ModelRunner:
 
         Raises OutOfDeviceMemory; the batch is then as if it had never been launched.
         """
-        step = step_input(batch, self._previous)
+        step = step_input(batch, self._in_flight)
         execution = within_memory(lambda: self.execute(step), repeatable=False) if self.device.type == "cuda" else None
-        self._previous = batch
-        self._launched += 1
+        self._in_flight.append(batch)
         padding_tokens = self.graphs.padding_tokens(len(step.token_ids), len(step.n_tokens)) if self.graphs else 0
-        return Pending(self, step, execution, self._launched - self._taken, padding_tokens)
+        return Pending(self, step, execution, len(self._in_flight), padding_tokens)
 
     @torch.inference_mode()
     def execute(self, step: StepInput, hidden: torch.Tensor | None = None) -> Execution:
@@ -157,7 +163,7 @@ class ModelRunner:
     @torch.inference_mode()
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits [rows that sample, vocab], without sampling and without graphs; writes the KV cache like `launch`."""
-        work = self._load(self._pack(step_input(batch, None), eager=True))
+        work = self._load(self._pack(step_input(batch, ()), eager=True))
         assert work.attention is not None
         return self.transformer.forward(work.inputs, work.attention)
 
@@ -166,7 +172,7 @@ class ModelRunner:
         tokens = execution.tokens()
         bubble_s = execution.bubble_s(self._last)
         self._last = execution
-        self._taken += 1
+        self._in_flight.popleft()
         busy_s = execution.busy_s
         return StepResult(tokens, busy_s, (StageTimes(busy_s, bubble_s, in_flight),))
 
@@ -205,7 +211,7 @@ class ModelRunner:
             return self._replay(packed.graph, len(step.token_ids), work.draws, hidden)
         inputs, attention = work.inputs, work.attention
         assert attention is not None
-        if (step.token_ids[: step.n_decodes] < 0).any():
+        if step.has_unknown:
             inputs.token_ids = _known(inputs.token_ids, self._sampled)
 
         def forward() -> torch.Tensor:
@@ -287,6 +293,6 @@ class _Work:
 
 
 def _known(token_ids: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-    """Token ids [tokens], with -1 - j replaced by the token of sampled row j of the step before."""
+    """Token ids [tokens], with -1 - j replaced by the token of sampled row j."""
     places = token_ids.bitwise_not().clamp_(min=0)
     return torch.where(token_ids < 0, sampled.index_select(0, places), token_ids)

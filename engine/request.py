@@ -131,7 +131,7 @@ class Batch:
 
     `context[i]` tokens of it are in the KV cache once the batches launched before have run. Rows are decodes first
     (`n_decodes` of them), then prefill chunks; no request has two. A decode with `context[i] == len(token_ids)` when
-    the batch is launched computes a token that is still in flight: the batch launched just before samples it.
+    the batch is launched computes a token that is still in flight: the oldest batch in flight samples it.
 
     Arrays are int64 of length n; `samples` (bool) marks the rows that yield a token. `block_tables` is int32
     [n, most blocks of a row], row i holding the ids of the request's KV blocks in order (entries past its length are

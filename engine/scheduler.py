@@ -5,7 +5,6 @@ No torch, no clock: times come in as arguments, so the same scheduler serves the
 
 from collections import deque
 from itertools import islice
-from operator import itemgetter
 
 import numpy as np
 
@@ -13,7 +12,8 @@ from engine.batching import SCHEDULES, Limits, RequestArrays, empty_plan, form_b
 from engine.block_manager import BlockManager
 from engine.config import EngineConfig
 from engine.prefix_cache import cached_blocks, look_up, remember
-from engine.protocol import MOST_PROMPTS, Finished, QueueState
+from engine.prompts import prompts_to_compute
+from engine.protocol import Finished, QueueState
 from engine.request import Abort, Batch, FinishReason, Request, StepOutput, Submit, TokenOutput
 
 
@@ -44,7 +44,9 @@ class Scheduler:
         )
         self._plan = empty_plan(config.max_requests)
         self._by_slot: dict[int, Request] = {}
-        self._in_flight = 0
+        self._in_flight: deque[Batch] = deque()  # oldest first
+        self._awaits = config.look_ahead and config.pipeline_parallel > 1
+        self._awaited = False  # whether the tokens of the oldest count as known
         self._prefill_turn = True
         self._submitted = 0
         self._waiting_tokens = 0
@@ -52,7 +54,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether there are requests to serve, or batches in flight (if only for requests that were aborted)."""
-        return bool(self._by_id) or self._in_flight > 0
+        return bool(self._by_id or self._in_flight)
 
     def submit(self, submit: Submit, now_ns: int) -> None:
         """Queue a request. Raises ValueError if it cannot ever run here (the server has checked; others may not)."""
@@ -98,7 +100,9 @@ class Scheduler:
 
         An empty batch means that nothing can run until one in flight has ended; it is not to be given to `update`.
         """
-        assert self._in_flight < self.config.depth, "as many batches are in flight as there may be"
+        assert len(self._in_flight) < self.config.depth, "as many batches are in flight as there may be"
+        if self._awaits and self._in_flight and not self._awaited:
+            self._await(self._in_flight[0])
         candidates = list(islice(self.waiting, self.config.max_requests))
         if self.config.prefix_caching:
             look_up(candidates, self.running, self._arrays, self.blocks)
@@ -120,24 +124,27 @@ class Scheduler:
         self._preempt(n_preempted)
         self._admit(n_admitted, now_ns)
         n_rows = n_decodes + n_prefills + n_admitted
+        batch = self._take(n_decodes, n_rows)
         if n_rows > 0:
             self._prefill_turn = n_decodes > 0
-            self._in_flight += 1
-        return self._take(n_decodes, n_rows)
+            self._in_flight.append(batch)
+        return batch
 
     def update(self, batch: Batch, token_ids: list[int], now_ns: int) -> StepOutput:
         """Book a completed batch: `token_ids` holds one token for each row of the batch that samples.
 
         Rows of requests that were aborted, preempted or done since the batch was formed are ignored.
         """
-        self._in_flight -= 1
+        oldest = self._in_flight.popleft()
+        assert oldest is batch, "not the oldest in flight"
         output = StepOutput()
         for row, token_id in zip(np.flatnonzero(batch.samples).tolist(), token_ids, strict=True):
             request = batch.requests[row]
             if request.generation == batch.generations[row]:
                 self._book(request, token_id, now_ns, output)
-        if self.config.pipeline_parallel > 1:  # the next token of each can be computed from now on
+        if self.config.pipeline_parallel > 1 and not self._awaited:  # the next token of each can be computed now
             self._arrays.context_limit[output.ttft_slots + output.tbt_slots] += 1
+        self._awaited = False
         if self.config.prefix_caching:
             remember(batch, self.blocks)
         for token in output.tokens:
@@ -154,8 +161,8 @@ class Scheduler:
         The requests with prompt chunks in it end, of decodes alone the youngest; there is always one. The other rows
         are scheduled again. Returns the ends, which tell the clients `error`.
         """
-        assert np.array_equal(self._arrays.context[batch.slots], batch.context + batch.n_tokens), "not formed last"
-        self._in_flight -= 1
+        latest = self._in_flight.pop()
+        assert latest is batch, "not formed last"
         self._arrays.context[batch.slots] = batch.context
         ended = batch.requests[batch.n_decodes :] or batch.requests[-1:]
         for request in ended:
@@ -165,7 +172,7 @@ class Scheduler:
 
     def queue_state(self, batch: Batch | None, now_ns: int) -> QueueState:
         """Who waits when `batch` has just been formed; None: there was nothing to form."""
-        remaining, context = self._prompts(batch)
+        remaining, context = prompts_to_compute(batch, self._prefilling, self.waiting, self._arrays)
         return QueueState(
             running_requests=len(self.running),
             waiting_requests=len(self.waiting),
@@ -174,23 +181,6 @@ class Scheduler:
             prompt_remaining_tokens=remaining,
             prompt_context_tokens=context,
         )
-
-    def _prompts(self, batch: Batch | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(remaining, context) of the first prompts to compute, as of before `batch`, which serves the first of them.
-
-        A prompt ends with the last token that is known.
-        """
-        computed, cached = self._arrays.context.item, self._arrays.cached_tokens.item
-        served = batch.requests[batch.n_decodes :] if batch else []
-        starts = batch.context[batch.n_decodes :].tolist() if batch else []
-        told = [(len(r.token_ids) - start, start) for r, start in zip(served, starts, strict=True)]
-        others = {r.slot: len(r.token_ids) for r in self._prefilling}
-        for r in served:
-            others.pop(r.slot, None)
-        told += sorted(((n - computed(slot), computed(slot)) for slot, n in others.items()), key=itemgetter(0))
-        for r in islice(self.waiting, max(MOST_PROMPTS - len(told), 0)):
-            told.append((len(r.token_ids) - cached(r.slot), cached(r.slot)))
-        return tuple(n for n, _ in told[:MOST_PROMPTS]), tuple(start for _, start in told[:MOST_PROMPTS])
 
     def check(self) -> None:
         """Raise AssertionError if the books disagree; for tests and idle moments."""
@@ -202,7 +192,7 @@ class Scheduler:
         assert self._waiting_tokens == sum(len(r.token_ids) for r in self.waiting)
         slots = [r.slot for r in self.running]
         assert np.all(self._arrays.context[slots] <= self._arrays.context_limit[slots]), "a row beyond the last token"
-        assert 0 <= self._in_flight <= self.config.depth
+        assert len(self._in_flight) <= self.config.depth
 
     def _is_prefilled(self, request: Request) -> bool:
         return bool(self._arrays.context[request.slot] >= self._arrays.prefill_end[request.slot])
@@ -261,6 +251,16 @@ class Scheduler:
             self._waiting_tokens -= len(request.token_ids)
         self.running.extend(admitted)
         self._prefilling.extend(admitted)
+
+    def _await(self, oldest: Batch) -> None:
+        """Let the next token of each of its requests be computed: by then its own are on the device."""
+        self._awaited = True
+        limit = self._arrays.context_limit
+        for row in np.flatnonzero(oldest.samples).tolist():
+            request = oldest.requests[row]
+            if request.generation == oldest.generations[row]:
+                last = request.n_prompt + request.sampling.max_tokens - 1  # is never computed
+                limit[request.slot] = min(limit[request.slot] + 1, last)
 
     def _take(self, n_decodes: int, n_rows: int) -> Batch:
         """The planned batch, with blocks for its tokens; contexts go on as if it had run."""

@@ -1,5 +1,6 @@
 """One iteration's work in plain arrays: what the scheduler decided, in the form that every rank computes it from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,9 +37,10 @@ class DrawnRows:
 class StepInput:
     """A batch without its requests. Arrays have one entry a row, decodes (`n_decodes`) first, unless said otherwise.
 
-    `token_ids` [tokens] holds -1 - j where the token is still on the device: the one that sampled row j of the step
-    before yields. `block_tables` is [rows, widest row's blocks]; entries past a row's length are 0. `sampled_rows` are
-    the rows that yield a token. `work_since_ns` is the batch's. At least one row.
+    `token_ids` [tokens] holds -1 - j where the token is still on the device: the one that sampled row j yields of the
+    step launched `in_flight` steps before this one, the oldest on its way. `block_tables` is [rows, widest row's
+    blocks]; entries past a row's length are 0. `sampled_rows` are the rows that yield a token. `work_since_ns` is the
+    batch's. At least one row.
     """
 
     n_decodes: int
@@ -48,7 +50,13 @@ class StepInput:
     block_tables: Int32
     sampled_rows: Int32
     drawn: DrawnRows | None
+    in_flight: int = 0
     work_since_ns: int = 0
+
+    @property
+    def has_unknown(self) -> bool:
+        """Whether any token is still on the device; only decodes have such."""
+        return bool((self.token_ids[: self.n_decodes] < 0).any())
 
     @property
     def positions(self) -> Int32:
@@ -59,12 +67,12 @@ class StepInput:
         return positions
 
 
-def step_input(batch: Batch, previous: Batch | None) -> StepInput:
-    """`previous` is the batch launched before: it yields the tokens that the decodes of `batch` do not know yet."""
+def step_input(batch: Batch, in_flight: Sequence[Batch]) -> StepInput:
+    """`in_flight`, oldest first: the oldest yields the tokens that the decodes of `batch` do not know yet."""
     contexts, n_tokens = batch.context.tolist(), batch.n_tokens.tolist()
     n = batch.n_decodes
     # Plain lists: for tens of rows they are several times cheaper than array operations.
-    token_ids = _newest_tokens(batch.requests[:n], contexts[:n], previous)
+    token_ids = _newest_tokens(batch.requests[:n], contexts[:n], in_flight)
     for request, context, tokens in zip(batch.requests[n:], contexts[n:], n_tokens[n:], strict=True):
         token_ids += request.token_ids[context : context + tokens]
     sampled = np.flatnonzero(batch.samples)
@@ -76,6 +84,7 @@ def step_input(batch: Batch, previous: Batch | None) -> StepInput:
         block_tables=batch.block_tables,
         sampled_rows=sampled.astype(np.int32),
         drawn=_drawn_rows(batch, sampled.tolist()),
+        in_flight=len(in_flight),
         work_since_ns=batch.work_since_ns,
     )
 
@@ -100,7 +109,7 @@ def even_step(n_tokens: int, n_rows: int, block_tokens: int) -> StepInput:
     )
 
 
-def _newest_tokens(decodes: list[Request], contexts: list[int], previous: Batch | None) -> list[int]:
+def _newest_tokens(decodes: list[Request], contexts: list[int], in_flight: Sequence[Batch]) -> list[int]:
     """One token a decode: the first that is not in the KV cache."""
     places: dict[Request, int] | None = None
     tokens = []
@@ -110,9 +119,10 @@ def _newest_tokens(decodes: list[Request], contexts: list[int], previous: Batch 
             tokens.append(known[context])
             continue
         if places is None:
-            assert previous is not None, "a token is unknown, yet nothing ran before"
-            sampled = np.flatnonzero(previous.samples).tolist()
-            places = {previous.requests[row]: place for place, row in enumerate(sampled)}
+            assert in_flight, "a token is unknown, yet nothing is in flight"
+            oldest = in_flight[0]
+            sampled = np.flatnonzero(oldest.samples).tolist()
+            places = {oldest.requests[row]: place for place, row in enumerate(sampled)}
         tokens.append(-1 - places[request])
     return tokens
 

@@ -55,11 +55,12 @@ class BatchChooser:
 
     def choose(self, outlook: Outlook, limit_s: float, speed: Speed, *, share: bool, even: bool = False) -> Choice:
         """Budget 0 if no batch fits. `share` allows small chunks; `even` keeps to the limit, whatever sizes are served
-        better: of a pipeline's microbatches one that ends early waits for the others.
+        better, and lets prompts share only what they fill: of a pipeline's microbatches one that ends early waits for
+        the others.
         """
         machine, (decodes, prompts) = (self._coefficients, speed), _known(outlook)
         sizes = self._tile, self._most_tiles
-        return Choice(*choose(machine, decodes, prompts, limit_s, *sizes, SHARES if share else 1.0, WORTH, even))
+        return Choice(*choose(machine, decodes, prompts, limit_s, *sizes, SHARES if share else 1.0, WORTH, even, even))
 
 
 # Plain tuples, which numba takes from Python microseconds faster than named ones.
@@ -203,8 +204,12 @@ def choose(
     most_shares: float,
     worth: float,
     even: bool,
+    filled: bool,
 ) -> tuple[int, int, float]:
-    """A `Choice`, as `BatchChooser` says; shares that gain `worth` times as much per second as fewer do are taken."""
+    """A `Choice`, as `BatchChooser` says; shares that gain `worth` times as much per second as fewer do are taken.
+
+    Both halves of what `BatchChooser` calls even: to keep to the limit, and to share only what is `filled`.
+    """
     best_budget, best_chunk, best_s, best = 0, 0, 0.0, 0.0
     shares = 1.0
     while shares <= most_shares:
@@ -220,6 +225,8 @@ def choose(
             if seconds <= limit_s or tokens <= 0.0 or sized_tokens(machine[0]) == 0.0:
                 break
             budget -= tile
+        if filled and shares > 1.0 and computed < tokens - shares * tile:  # which chunks of whole tiles may leave over
+            break
         # Without sharing the same tokens are of as many prompts as it takes to find them.
         whole = _load(prompts, computed, computed)[0]
         whole_s = _seconds(machine, decodes, max(whole, 1.0), computed, attention)

@@ -7,7 +7,7 @@ import numpy as np
 
 from engine.batching import IntArray, form_batch
 from engine.compiled import inlined
-from envs.stages import drain, drop_without_blocks, forget_tokens, launch, mean_s, retire
+from envs.stages import await_tokens, drain, drop_without_blocks, forget_tokens, launch, mean_s, retire
 from envs.state import Rules, State
 
 
@@ -164,6 +164,7 @@ def advance(state: State, rules: Rules, budget: int, chunk: int, limit_s: float)
         if wait:
             retire(state)
         _arrive(state, rules)
+        await_tokens(state, rules)
         if limit_s > 0.0:
             budget = chunk = _ideal_budget(state, rules, limit_s)
         if _form(state, rules, budget, chunk) > 0:

@@ -70,14 +70,29 @@ def _book_tokens(state: State, first: int) -> bool:
 
 
 @inlined
+def await_tokens(state: State, rules: Rules) -> None:
+    """Under look-ahead in a pipeline: the next token of each that the oldest iteration serves can be computed from now
+    on, once the first stage has their own.
+    """
+    s, flight, limits = state.scalars[0], state.flight, rules.limits
+    if 1 < limits.stages < limits.depth and s.in_flight > 0 and s.awaited == 0:
+        s.awaited = 1
+        for i in range(flight.samples[s.oldest]):
+            slot = flight.slots[s.oldest, i]
+            last = state.requests.prompt_tokens[slot] + state.requests.output_tokens[slot] - 1  # is never computed
+            state.arrays.context_limit[slot] = min(state.arrays.context_limit[slot] + 1, last)
+
+
+@inlined
 def retire(state: State) -> None:
     """Wait for the oldest iteration in flight: time goes on, tokens are booked, requests end."""
     s, flight = state.scalars[0], state.flight
     first, stages = s.oldest, len(state.stage_free_s)
     s.now_s = flight.completed_s[first]
-    if stages > 1:  # the next token of each can be computed from now on
+    if stages > 1 and s.awaited == 0:  # the next token of each can be computed from now on
         for i in range(flight.samples[first]):
             state.arrays.context_limit[flight.slots[first, i]] += 1
+    s.awaited = 0
     if _book_tokens(state, first):
         drop_without_blocks(state)
     done = state.report.done[s.n_done]
@@ -123,7 +138,8 @@ def drain(state: State) -> None:
 
 @inlined
 def launch(state: State, rules: Rules) -> None:
-    """Put the batch on the stages: each begins when it is free and the stage before has handed over.
+    """Put the batch on the stages: each begins when it is free and the stage before has handed over, the first one also
+    not before it has the tokens that it computes.
 
     Contexts go on as if it had run.
     """
@@ -131,9 +147,12 @@ def launch(state: State, rules: Rules) -> None:
     n_stages = len(state.stage_free_s)
     ring = (s.oldest + s.in_flight) % len(flight.samples)
     slots, context = flight.slots[ring], arrays.context
-    samples = s.decodes
+    samples, handed_s = s.decodes, s.now_s
+    prompt_tokens, produced = state.requests.prompt_tokens, state.requests.produced
     for row in range(s.decodes):
         slot = plan.slots[row]
+        if s.awaited == 1 and context[slot] == prompt_tokens[slot] + produced[slot]:  # its token is in flight
+            handed_s = max(handed_s, flight.completed_s[s.oldest])
         context[slot] += 1
         slots[row] = slot
     for row in range(s.decodes, s.rows):
@@ -144,7 +163,6 @@ def launch(state: State, rules: Rules) -> None:
     s.iteration += 1
     flight.samples[ring], flight.iteration[ring], flight.scheduled_s[ring] = samples, s.iteration, s.now_s
     expected_s, residuals = mean_s(state, rules), rules.residuals[int(s.prefill_tokens > 0)]
-    handed_s = s.now_s
     for stage in range(n_stages):
         busy_s = expected_s * _noise(s.seed, s.iteration * n_stages + stage, residuals)
         start_s = max(handed_s, state.stage_free_s[stage])

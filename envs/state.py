@@ -41,6 +41,7 @@ class Scalars(NamedTuple):
     seed: int
     oldest: int  # of the iterations in flight, its place in the ring
     in_flight: int
+    awaited: int  # 1 if the tokens of the oldest count as known: the first stage waits for them
     n_done: int  # iterations completed since the one before was launched
     n_gaps: int  # ... and their tokens that were not the first of their request
     n_firsts: int

@@ -128,6 +128,7 @@ def knobs(
         SHARES if now.kv_usage < CROWDED else 1.0,
         WORTH * np.exp(-SHARE_REACH * second),
         stages > 1.0,
+        False,  # no shipped law was trained so
     )
     return max(budget, least), max(chunk, least)
 

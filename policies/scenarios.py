@@ -80,8 +80,7 @@ class Scenarios:
         kind = self._kinds[int(rng.integers(len(self._kinds)))]
         asked_s = np.array((self._promise.tbt_s, self._promise.ttft_s))
         tbt_s, ttft_s = (asked_s * PROMISES ** rng.uniform(-1, 1, 2)).tolist()
-        look_ahead = self._config.look_ahead and machine.stages == 1
-        config = replace(self._config, pipeline_parallel=machine.stages, look_ahead=look_ahead)
+        config = replace(self._config, pipeline_parallel=machine.stages)
         rate = fluid_capacity(machine.truth, kind, tbt_s, config)
         if rate == 0.0:
             return None

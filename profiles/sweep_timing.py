@@ -3,9 +3,9 @@
 Batches are made (`profiles.sweep_points`) and launched back to back, as many in flight as the engine has when it
 serves. Which one comes next is decided by what is known so far (`profiles.sweep_choice`): extremes come first by that
 rule, and no grid is worked off. Each is repeated until its median is stable. Later every eighth is drawn at random and
-kept from the fit, to judge it. In the last quarter of the time, if that is long enough, one batch is timed at size
-after size: kernels serve some numbers of tokens better than their neighbours, which batches that differ in everything
-do not tell.
+kept from the fit, to judge it. In the last quarter of the time one batch is timed at size after size, up to the largest
+for which that is enough: kernels serve some numbers of tokens better than their neighbours, which batches that differ
+in everything do not tell.
 """
 
 from collections import deque
@@ -36,6 +36,7 @@ LONGEST = 0.02  # an iteration's share of all the time, beyond which its batch i
 JUDGED = 8  # one batch in so many is kept from the fit,
 FIRST_JUDGED = 24  # once so many have shown how long the largest take
 SIZES_FROM = 0.75  # of the time
+FEWEST_SIZES = 16
 Purpose = Literal["fit", "judge", "sizes"]
 Show = Callable[[float, str], None]
 """Told after every batch how many seconds have passed, and what was found."""
@@ -134,8 +135,8 @@ class Sweep:
         return self.samples
 
     def _next(self, late: bool, left_s: float) -> tuple[Point | None, Purpose]:
-        if late and self._sizes and "sizes" not in self.samples.purposes and self._sizes_s() > left_s:
-            self._sizes = []
+        if late and "sizes" not in self.samples.purposes:
+            self._leave_out_sizes(left_s)
         if late and self._sizes:
             return self._sizes.pop(), "sizes"
         count = len(self.samples.purposes)
@@ -145,8 +146,15 @@ class Sweep:
             return point, "fit"
         return (self._sizes.pop() if self._sizes else None), "sizes"
 
+    def _leave_out_sizes(self, left_s: float) -> None:
+        """The largest, until there is time for the others; of a few nothing can be told."""
+        while self._sizes and self._sizes_s() > left_s:
+            del self._sizes[0]
+        if len(self._sizes) < FEWEST_SIZES:
+            self._sizes = []
+
     def _sizes_s(self) -> float:
-        """About how long all sizes take."""
+        """About how long the sizes left take."""
         repetitions = WARM_UP + LEAST + self._config.depth
         return repetitions * self._token_s * sum(int(point.n_tokens.sum()) for point in self._sizes)
 

@@ -39,30 +39,33 @@ class BlockDevice:
 
     def __post_init__(self) -> None:
         self.cache = np.full((self.n_blocks, self.block_tokens), -1)
-        self.sampled: dict[Request, int] = {}  # by the batch that ran last
+        self.sampled: list[dict[Request, int]] = []  # by each batch that has run
 
     def launch(self, batch: Batch) -> "LaunchedBatch":
         assert batch.requests
         self.batches.append(batch)
         rows = zip(batch.requests, batch.context.tolist(), batch.n_tokens.tolist(), strict=True)
         known = [request.token_ids[start : start + n] for request, start, n in rows]
-        return LaunchedBatch(self, batch, len(self.batches) - 1, known)
+        return LaunchedBatch(self, batch, len(self.batches) - 1, known, self.ran)
 
-    def run(self, batch: Batch, known: list[list[int]]) -> list[int]:
-        """`known` are the inputs of each row that the host knew at the launch; a decode's may come from the device."""
+    def run(self, batch: Batch, known: list[list[int]], oldest: int) -> list[int]:
+        """`known` are the inputs of each row that the host knew at the launch; a decode's may come from the device, by
+        the batch that was the `oldest` in flight then.
+        """
         ends = []
         for row, request in enumerate(batch.requests):
-            tokens = known[row] or [self.sampled[request]]
+            tokens = known[row] or [self.sampled[oldest][request]]
             assert len(tokens) == batch.n_tokens[row] and (known[row] or row < batch.n_decodes)
             for position, token in enumerate(tokens, int(batch.context[row])):
                 block = batch.block_tables[row, position // self.block_tokens]
                 self.cache[block, position % self.block_tokens] = token
             ends.append(int(batch.context[row]) + len(tokens))
-        self.sampled = {}
+        sampled: dict[Request, int] = {}
+        self.sampled.append(sampled)
         for row in np.flatnonzero(batch.samples).tolist():  # all is written before any of it is read
             tokens = self.cache[batch.block_tables[row]].ravel()[: ends[row]].tolist()
-            self.sampled[batch.requests[row]] = next_token(tokens)
-        return list(self.sampled.values())
+            sampled[batch.requests[row]] = next_token(tokens)
+        return list(sampled.values())
 
 
 @dataclass
@@ -71,9 +74,10 @@ class LaunchedBatch:
     batch: Batch
     number: int
     known: list[list[int]]
+    oldest: int
     padding_tokens: int = 0
 
     def result(self) -> StepResult:
         assert self.number == self.device.ran, "results are taken in the order of the launches, once each"
         self.device.ran += 1
-        return StepResult(self.device.run(self.batch, self.known), 0.0, ())
+        return StepResult(self.device.run(self.batch, self.known, self.oldest), 0.0, ())

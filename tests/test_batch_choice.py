@@ -214,6 +214,16 @@ def test_of_uneven_sizes_one_that_computes_more_a_second_is_taken_where_prompts_
     assert better > 10
 
 
+def test_even_microbatches_are_shared_only_by_prompts_that_fill_them() -> None:
+    few, many = outlook(7, (35, 0), (22_000, 0)), outlook(7, (22_000, 0), *[(500, 0)] * 4)
+    for state, shared in ((few, False), (many, True)):
+        free, even = (CHOOSER.choose(state, LIMIT_S, AS_PROFILED, share=True, even=e) for e in (False, True))
+        assert free.chunk_tokens < free.budget_tokens
+        assert (even.chunk_tokens < even.budget_tokens) == shared
+        assert even.step_s > 0.9 * LIMIT_S
+    assert CHOOSER.choose(few, LIMIT_S, AS_PROFILED, share=True).step_s < 0.7 * LIMIT_S, "it ends early"
+
+
 def test_of_uneven_sizes_no_batch_takes_longer_than_it_may() -> None:
     """Also where the prompts do not quite fill the budget, and the smaller batch is of a size that takes longer."""
     chooser, rng, short = BatchChooser(UNEVEN.coefficients, TILE, MOST), np.random.default_rng(6), 0

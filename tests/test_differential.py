@@ -30,6 +30,8 @@ DEPTHS: dict[str, dict[str, Any]] = {
     "look-ahead": {"look_ahead": True},
     "two stages": {"pipeline_parallel": 2},
     "three stages": {"pipeline_parallel": 3},
+    "two stages and look-ahead": {"pipeline_parallel": 2, "look_ahead": True},
+    "three stages and look-ahead": {"pipeline_parallel": 3, "look_ahead": True},
 }
 
 

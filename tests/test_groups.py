@@ -22,7 +22,7 @@ from engine.weights import dummy_weights
 CPU = torch.device("cpu")
 SMALL = replace(PACER_26M, num_hidden_layers=3, sliding_windows=(None,) * 3)
 STAGES = 3
-N_TOKENS = 128
+N_TOKENS, MOST_REQUESTS = 128, 8
 PATIENCE_S = 30.0
 SHORT_S = 2.0
 LINKS: list[StageLink] = []  # of this process: what a link still sends must not end with the function that made it
@@ -59,16 +59,17 @@ def rehearsed(shard: Shard, folder: Path) -> tuple[list[float], list[tuple[int, 
     """Of a rank that has rehearsed: size of the hidden states that came, shapes of the copies kept, any left over."""
     config = EngineConfig(
         pipeline_parallel=STAGES,
+        look_ahead=True,
         max_model_tokens=64,
-        max_requests=8,
+        max_requests=MOST_REQUESTS,
         max_budget_tokens=N_TOKENS,
         budget_tokens=64,
         chunk_tokens=64,
         block_tokens=16,
         kv_blocks=8,
     )
-    LINKS.append(link := StageLink(shard, CPU))
     join(shard, CPU, folder)
+    LINKS.append(link := StageLink(shard, config.depth, CPU))
     weights = dummy_weights(SMALL, torch.float32, 0, CPU, shard)
     runner = ModelRunner(SMALL, weights, config, threads=1, clock=count().__next__, shard=shard)
     came: list[float] = []
@@ -88,11 +89,12 @@ def rehearsed(shard: Shard, folder: Path) -> tuple[list[float], list[tuple[int, 
 
 def test_a_rehearsal_fills_the_links_as_serving_does(tmp_path: Path) -> None:
     first, middle, last = run_ranks(rehearsed, [Shard(0, 1, stage, STAGES) for stage in range(STAGES)], tmp_path)
-    copies = [(N_TOKENS, SMALL.hidden_size)] * STAGES
-    assert [first[1], middle[1], last[1]] == [copies, copies, []]
+    depth = STAGES + 1
+    copies, tokens = [(N_TOKENS, SMALL.hidden_size)] * depth, [(MOST_REQUESTS,)] * depth
+    assert [first[1], middle[1], last[1]] == [copies, copies, tokens]
     assert first[0] == []
     for came, _, _ in (middle, last):
-        assert len(came) == STAGES + 1
+        assert len(came) == depth + 1
         assert len(set(came)) == 1, "the same step every time"
         assert came[0] > 0
     assert last[0][0] != middle[0][0], "the middle stage has added its layer"

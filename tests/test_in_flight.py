@@ -21,6 +21,8 @@ DEPTHS: dict[str, dict[str, Any]] = {
     "look-ahead": {"look_ahead": True},
     "two stages": {"pipeline_parallel": 2},
     "three stages": {"pipeline_parallel": 3},
+    "two stages and look-ahead": {"pipeline_parallel": 2, "look_ahead": True},
+    "three stages and look-ahead": {"pipeline_parallel": 3, "look_ahead": True},
 }
 CASES = 8
 SMALL = EngineConfig(max_budget_tokens=256, max_requests=8, max_model_tokens=128, block_tokens=4, kv_blocks=64)
@@ -178,7 +180,23 @@ def test_the_next_iteration_is_launched_before_the_result_of_the_one_before() ->
     assert engine.tokens("a") == continuation([1] * 10, 5)
 
 
-@pytest.mark.parametrize(("depth", "wasted"), [("one", 0), ("look-ahead", 1), ("two stages", 0)])
+def test_in_a_pipeline_that_looks_ahead_a_decode_is_launched_before_the_token_that_it_computes() -> None:
+    engine = Engine(replace(SMALL, pipeline_parallel=2, look_ahead=True))
+    engine.submit("a", [1] * 10, 5)
+    engine.step()
+    for launched in range(2, 6):
+        engine.step()
+        assert (len(engine.device.batches), engine.device.ran) == (launched, launched - 2)
+        engine.step()
+        assert (len(engine.device.batches), engine.device.ran) == (launched, launched - 1), "it has two on their way"
+    engine.finish()
+    assert engine.tokens("a") == continuation([1] * 10, 5)
+    assert len(engine.device.batches) == 5
+
+
+@pytest.mark.parametrize(
+    ("depth", "wasted"), [("one", 0), ("look-ahead", 1), ("two stages", 0), ("two stages and look-ahead", 1)]
+)
 def test_a_token_that_stops_a_request_wastes_the_row_in_flight(depth: str, wasted: int) -> None:
     prompt = [3, 1, 4]
     third = continuation(prompt, 3)[2]
@@ -285,9 +303,10 @@ def test_chunks_of_one_prompt_follow_each_other_through_the_stages() -> None:
     assert engine.tokens("a") == continuation([1] * 100, 3)
 
 
+@pytest.mark.parametrize("look_ahead", [False, True])
 @pytest.mark.parametrize("stages", [2, 3])
-def test_the_microbatches_of_a_pipeline_share_the_decodes(stages: int) -> None:
-    engine = Engine(replace(SMALL, pipeline_parallel=stages))
+def test_the_microbatches_of_a_pipeline_share_the_decodes(stages: int, look_ahead: bool) -> None:
+    engine = Engine(replace(SMALL, pipeline_parallel=stages, look_ahead=look_ahead))
     for i in range(8):
         engine.submit(str(i), [i] * 10, 30)
     for _ in range(20):

@@ -149,7 +149,7 @@ def test_stages_that_hand_their_hidden_states_on_give_the_tokens_of_the_whole(mi
     batch = whole.batch(work)
     hidden = None
     for stage in stages:
-        execution = stage.execute(step_input(batch, None), hidden)
+        execution = stage.execute(step_input(batch, ()), hidden)
         hidden = execution.hidden
         assert (hidden is None) == (stage is stages[-1]) == bool(execution.tokens())
     assert execution.tokens() == whole.runner.launch(batch).result().token_ids

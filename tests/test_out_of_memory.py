@@ -47,13 +47,14 @@ class SmallDevice(BlockDevice):
             raise OutOfDeviceMemory("full")
         return super().launch(batch)
 
-    def run(self, batch: Batch, known: list[list[int]]) -> list[int]:
+    def run(self, batch: Batch, known: list[list[int]], oldest: int) -> list[int]:
         while self._failed_before and self._failed_before[0][0] < self.ran:
             self._ruin(self._failed_before.pop(0)[1])
-        return super().run(batch, known)
+        return super().run(batch, known, oldest)
 
     def _ruin(self, batch: Batch) -> None:
-        self.sampled = {}
+        for sampled in self.sampled:
+            sampled.clear()
         rows = zip(batch.block_tables, batch.context.tolist(), batch.n_tokens.tolist(), strict=True)
         for table, start, n in rows:
             for position in range(start, start + n):

@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,7 @@ class ModelledPipeline:
     def __init__(self, model: StepTimeModel, clock: VirtualClock, noise: float = 0.03) -> None:
         self.model, self.clock, self.noise = model, clock, noise
         self.free_ns = [0, 0]
+        self.in_flight: deque[InFlight] = deque()
         self.random = np.random.default_rng(0)
 
     def launch(self, batch: Batch) -> "InFlight":
@@ -69,23 +71,30 @@ class ModelledPipeline:
             of.prefill_attention_tokens2,
         )
         ready_ns, stages = self.clock(), []
+        decodes = zip(batch.requests[: batch.n_decodes], batch.context.tolist(), strict=False)
+        if any(context == len(request.token_ids) for request, context in decodes):  # its token is in flight
+            ready_ns = max(ready_ns, self.in_flight[0].done_ns)
         for stage, free_ns in enumerate(self.free_ns):
             seconds = mean_s * float(np.exp(self.noise * self.random.standard_normal()))
             begin_ns = max(ready_ns, free_ns)
             bubble_s = max(begin_ns - max(free_ns, batch.work_since_ns), 0) * 1e-9
             self.free_ns[stage] = ready_ns = begin_ns + round(seconds * 1e9)
-            stages.append(StageTimes(seconds, bubble_s, 2))
-        return InFlight(self.clock, ready_ns, StepResult([0] * int(batch.samples.sum()), mean_s, tuple(stages)))
+            stages.append(StageTimes(seconds, bubble_s, len(self.in_flight) + 1))
+        outcome = StepResult([0] * int(batch.samples.sum()), mean_s, tuple(stages))
+        self.in_flight.append(InFlight(self, ready_ns, outcome))
+        return self.in_flight[-1]
 
 
 class InFlight(NamedTuple):
-    clock: VirtualClock
+    pipeline: ModelledPipeline
     done_ns: int
     outcome: StepResult
     padding_tokens: int = 0
 
     def result(self) -> StepResult:
-        self.clock.now_ns = max(self.clock.now_ns, self.done_ns)
+        clock = self.pipeline.clock
+        clock.now_ns = max(clock.now_ns, self.done_ns)
+        assert self.pipeline.in_flight.popleft() is self
         return self.outcome
 
 

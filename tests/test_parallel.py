@@ -37,7 +37,8 @@ DRAWN = SamplingParams(max_tokens=N_NEW, temperature=0.9, top_k=20, seed=8)
 LAYOUTS = {  # family, tensor ranks, stages, and whether the next iteration is formed before the tokens are known
     "tp2 with look-ahead": ("llama-sharded", 2, 1, True),
     "pp2": ("llama-sharded", 1, 2, False),
-    "tp2 x pp2": ("llama-sharded", 2, 2, False),
+    "pp3 with look-ahead": ("llama-sharded", 1, 3, True),
+    "tp2 x pp2 with look-ahead": ("llama-sharded", 2, 2, True),
     "tp2 x pp2 of one shared KV head": ("falcon-7b-style", 2, 2, False),
 }
 
@@ -114,7 +115,7 @@ def test_several_gpus_give_the_greedy_tokens_of_transformers(
         pytest.skip(f"needs {tensor * stages} GPUs")
     expected = expected_outputs(write_checkpoint(name, tmp_path))
     source = ModelSource(tmp_path, device="cuda")
-    engine = Engine(source, tensor_parallel=tensor, pipeline_parallel=stages, look_ahead=stages == 1)
+    engine = Engine(source, tensor_parallel=tensor, pipeline_parallel=stages, look_ahead=True)
     try:
         assert engine.generate(WHOLE) == expected
         assert engine.generate(RANDOM) == expected
@@ -135,7 +136,7 @@ def test_as_many_iterations_are_in_flight_as_the_depth_allows(split: tuple[Engin
     engine.generate(WHOLE)
     told = [completion.stages for completion in engine.completions()]
     assert {len(stages) for stages in told} == {engine.config.pipeline_parallel}
-    assert max(stages[0].microbatches_in_flight for stages in told) == engine.config.depth == 2
+    assert max(stages[0].microbatches_in_flight for stages in told) == engine.config.depth >= 2
     assert all(times.busy_s > 0 and times.bubble_s >= 0 for stages in told for times in stages)
 
 

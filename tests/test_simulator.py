@@ -47,13 +47,27 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another() -> None:
     assert runs[0] == runs[1] != runs[2]
 
 
-@pytest.mark.parametrize("depth", [{}, {"look_ahead": True}, {"pipeline_parallel": 2}])
+@pytest.mark.parametrize(
+    "depth",
+    [{}, {"look_ahead": True}, {"pipeline_parallel": 2}, {"pipeline_parallel": 2, "look_ahead": True}],
+)
 def test_fixed_knobs_compiled_and_a_law_in_the_loop_are_one_run(depth: dict[str, Any]) -> None:
     plant = Plant(EngineConfig(budget_tokens=192, chunk_tokens=64, kv_blocks=2048, **depth), MODEL)
     compiled, asked = (Simulation(plant, workload(), 3, keep_log=True) for _ in range(2))
     compiled.run_static(192, 64)
     asked.run_law(lambda telemetry, now_ns: (192, 64, "fixed"))
     assert bytes_of(compiled.outcome()) == bytes_of(asked.outcome())
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_the_first_stage_waits_for_the_tokens_that_it_computes(stages: int) -> None:
+    """One request alone: forming its batches earlier makes none of them begin earlier."""
+    alone = Workload(np.zeros(1), np.array([100]), np.array([20]))
+    runs = []
+    for look_ahead in (False, True):
+        plant = Plant(replace(CONFIG, pipeline_parallel=stages, look_ahead=look_ahead), MODEL)
+        runs.append(ran_static(plant, alone, 256).token_times_s)
+    assert runs[0].tolist() == runs[1].tolist()
 
 
 @pytest.mark.parametrize("dead_time", [1, 2, 4])

@@ -32,12 +32,12 @@ class Checker:
     """A runner that yields `token_of`, and compares every step with a reference that goes token by token."""
 
     steps: list[StepInput] = field(default_factory=list)
-    previous: Batch | None = None
+    in_flight: list[Batch] = field(default_factory=list)  # the batch before, done or not
     previous_tokens: list[int] = field(default_factory=list)
     unknown: int = 0
 
     def launch(self, batch: Batch) -> "Checker.Done":
-        step = step_input(batch, self.previous)
+        step = step_input(batch, self.in_flight)
         self.check_tokens(batch, step)
         self.check_draws(batch, step)
         assert step.n_decodes == batch.n_decodes
@@ -47,7 +47,7 @@ class Checker:
         rows = step.sampled_rows.tolist()
         assert rows == [row for row, samples in enumerate(batch.samples) if samples]
         ends = batch.context + batch.n_tokens
-        self.previous = batch
+        self.in_flight = [batch]
         self.previous_tokens = [token_of(batch.requests[row], int(ends[row])) for row in rows]
         self.steps.append(step)
         return self.Done(StepResult(self.previous_tokens, 0.0, ()))

@@ -281,5 +281,11 @@ def test_a_sweep_finds_what_single_sizes_take(monkeypatch: pytest.MonkeyPatch) -
     assert "size_factors" in model.text()
 
 
-def test_a_sweep_too_short_for_all_sizes_times_none() -> None:
-    assert swept(H200, 60.0).purposes.count("sizes") == 0
+def test_a_sweep_too_short_for_all_sizes_times_the_smaller_ones() -> None:
+    samples = swept(H200, 60.0)
+    sizes = samples.iterations("interval_s", "sizes")
+    tokens = np.unique(sizes.decode_tokens + sizes.prefill_tokens)
+    assert tokens.tolist() == list(range(16, int(tokens.max()) + 1, 16))
+    assert 512 < tokens.max() < 2048
+    assert samples.purposes[-1] != "sizes", "it stays within the time that they had"
+    assert swept(H200, 2.0).purposes.count("sizes") == 0

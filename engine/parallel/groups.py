@@ -78,27 +78,69 @@ class TensorGroup:
 
 
 class StageLink:
-    """Hidden states [tokens, hidden_size] from the same tensor rank of the stage before, and to that of the next.
+    """Between the same tensor ranks of the stages: hidden states [tokens, hidden_size] go from each stage to the next,
+    and under look-ahead sampled tokens from the last to the first, which computes them in a later step.
 
-    NCCL makes the communicators of both at their first use.
+    Every stage must make its link, and be given every step; `depth` of them may be in flight. Tokens are sent at once:
+    NCCL keeps 8 small messages that nobody has asked for, and the next one occupies the device until somebody does. So
+    the first stage receives all there are whenever nothing is in flight.
     """
 
-    def __init__(self, shard: Shard, device: torch.device) -> None:
-        self._shard, self._device = shard, device
+    def __init__(self, shard: Shard, depth: int, device: torch.device) -> None:
+        self._shard, self._device, self._depth = shard, device, depth
         self._before, self._after = rank_of(shard) - shard.tp_size, rank_of(shard) + shard.tp_size
-        self._depth = shard.pp_size
+        self._first, self._last = shard.tp_rank, rank_of(shard) + (shard.pp_size - 1 - shard.pp_rank) * shard.tp_size
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._steps = 0
+        self._due: deque[tuple[int, int]] = deque()  # (step, its tokens) that the first stage has yet to receive
+        self._tokens: dist.ProcessGroup | None = None
+        if depth > shard.pp_size > 1:
+            # With communicators of its own: what is sent in one is received in order.
+            self._tokens = dist.new_group(timeout=timedelta(seconds=START_S))
+            self._meet(self._tokens)
 
     def compute(self, runner: ModelRunner, step: StepInput) -> Execution:
-        """The rank's part of a step; `hidden` has been passed on, and let go of. Every stage must be given the step."""
+        """The rank's part of a step; `hidden` has been passed on, and let go of."""
         hidden = None
         if not self._shard.is_first:
             hidden = self._receive(len(step.token_ids), runner.model.hidden_size, runner.transformer.dtype)
+        elif self._tokens is not None:
+            done = self._depth if step.in_flight else 1  # so many steps ago, what ran then is done
+            self._receive_tokens(self._steps - (step.in_flight if step.has_unknown else done), runner.sampled)
+            self._due.append((self._steps, len(step.sampled_rows)))
+        self._steps += 1
         execution = runner.execute(step, hidden)
         if execution.hidden is not None:
-            self._send(execution.hidden)
+            self._send(execution.hidden, self._after)
             execution.hidden = None  # it would stay in memory for as long as the step is in flight
+        elif self._tokens is not None and len(step.sampled_rows) > 0:
+            self._send(runner.sampled[: len(step.sampled_rows)], self._first, self._tokens)
         return execution
+
+    def rest(self, runner: ModelRunner) -> None:
+        """Nothing is in flight."""
+        self._receive_tokens(self._steps, runner.sampled)
+
+    def close(self, runner: ModelRunner) -> None:
+        """Let all that was sent arrive: on a CPU a process that has ended sends no more."""
+        self.rest(runner)
+        while self._sending:
+            self._sending.popleft()[0].wait()
+
+    def _meet(self, tokens: dist.ProcessGroup) -> None:
+        """Make the communicators of the tokens now, before what they take counts as free memory."""
+        nothing = torch.zeros(1, dtype=torch.int32, device=self._device)
+        if self._shard.is_first:
+            dist.recv(nothing, self._last, tokens)
+        elif self._shard.is_last:
+            dist.send(nothing, self._first, tokens)
+
+    def _receive_tokens(self, latest: int, sampled: torch.Tensor) -> None:
+        """Those of all steps up to `latest`, of which the newest stay in `sampled`; in the order of the stream."""
+        while self._due and self._due[0][0] <= latest:
+            _, n_tokens = self._due.popleft()
+            if n_tokens > 0:
+                dist.recv(sampled[:n_tokens], self._last, self._tokens)
 
     def _receive(self, n_tokens: int, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
         """On a CPU waits for them; on CUDA what is computed next on this stream does.
@@ -110,10 +152,10 @@ class StageLink:
         dist.recv(hidden, self._before)
         return hidden
 
-    def _send(self, hidden: torch.Tensor) -> None:
-        """Does not wait for the receiver, and keeps a copy until it has taken it: `hidden` may be overwritten."""
-        copy = hidden.clone()
-        work = dist.isend(copy, self._after)
+    def _send(self, x: torch.Tensor, rank: int, group: dist.ProcessGroup | None = None) -> None:
+        """Does not wait for the receiver, and keeps a copy until it has taken it: `x` may be overwritten."""
+        copy = x.clone()
+        work = dist.isend(copy, rank, group)
         assert work is not None, "the rank is in the group that it sends in"
         self._sending.append((work, copy))
         if len(self._sending) > self._depth:  # has arrived: no more than `depth` microbatches are on their way

@@ -13,6 +13,9 @@ from engine.step_shapes import StepShape
 STOP = b""
 """To a rank, instead of a StepInput: the end, in order."""
 
+REST = b"\0"
+"""To a rank, instead of a StepInput: nothing is in flight."""
+
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """From every rank: the model is loaded. `config` has the block size and number that all ranks agreed on.

@@ -15,7 +15,7 @@ import zmq
 from engine.config import EngineConfig, ModelSource
 from engine.parallel import worker
 from engine.parallel.groups import START_S, rank_of
-from engine.parallel.messages import STOP, Done, Failed, FromRank, Ready, decode_from_rank, encode
+from engine.parallel.messages import REST, STOP, Done, Failed, FromRank, Ready, decode_from_rank, encode
 from engine.protocol import StageTimes
 from engine.request import Batch, StepResult
 from engine.shard import Shard
@@ -56,8 +56,8 @@ class ParallelRunner:
             inbox.connect(worker.work_address(directory, rank))
         self._done: list[deque[Done]] = [deque() for _ in range(stages)]
         self._ready: dict[int, Ready] = {}
-        self._previous: Batch | None = None
-        self._in_flight = 0
+        self._in_flight: deque[Batch] = deque()  # oldest first
+        self._rests = config.look_ahead and stages > 1
         self._poller = zmq.Poller()
         self._poller.register(self._reports, zmq.POLLIN)
         source = replace(source, threads=max(1, source.threads // len(shards)))
@@ -82,18 +82,17 @@ class ParallelRunner:
         self._sizes = PaddedSizes(self._ready[0].shapes)
 
     def launch(self, batch: Batch) -> "Pending":
-        self._in_flight += 1
-        step = step_input(batch, self._previous)
-        message = encode(step)
-        self._previous = batch
-        for inbox in self._inboxes:
-            inbox.send(message, copy=False)
-        return Pending(self, self._in_flight, self._sizes.padding_tokens(len(step.token_ids), len(step.n_tokens)))
+        step = step_input(batch, self._in_flight)
+        self._tell(encode(step))
+        self._in_flight.append(batch)
+        return Pending(self, len(self._in_flight), self._sizes.padding_tokens(len(step.token_ids), len(step.n_tokens)))
 
     def take(self, in_flight: int) -> StepResult:
         """Wait for the oldest batch; `in_flight` were on their way when it was launched, itself included."""
         done = [self._next_done(stage) for stage in range(len(self._done))]
-        self._in_flight -= 1
+        self._in_flight.popleft()
+        if self._rests and not self._in_flight:
+            self._tell(REST)
         device_s = sum(stage.busy_s for stage in done)
         stages = tuple(StageTimes(stage.busy_s, stage.bubble_s, in_flight) for stage in done)
         return StepResult(done[-1].token_ids, device_s, stages)
@@ -102,14 +101,17 @@ class ParallelRunner:
         """End the ranks, once they have done what is in flight."""
         if self._context.closed:
             return
-        for inbox in self._inboxes:
-            inbox.send(STOP)
+        self._tell(STOP)
         for process in self._ranks:
             process.join(STOP_S)
             if process.is_alive():
                 logger.error("%s did not stop within %.0f s: killed, with all ranks left", process.name, STOP_S)
                 break
         self._kill()
+
+    def _tell(self, message: bytes) -> None:
+        for inbox in self._inboxes:
+            inbox.send(message, copy=False)
 
     def _kill(self) -> None:
         for process in self._ranks:

@@ -21,7 +21,7 @@ from engine.execution import Execution
 from engine.loader import load_stage
 from engine.model_runner import ModelRunner
 from engine.parallel.groups import StageLink, join, rank_of, smallest
-from engine.parallel.messages import STOP, Done, Failed, Ready, decode_step, encode
+from engine.parallel.messages import REST, STOP, Done, Failed, Ready, decode_step, encode
 from engine.shard import Shard
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def main(shard: Shard, source: ModelSource, config: EngineConfig, directory: Pat
             inbox.bind(work_address(directory, rank))
             device = _device(source, rank)
             collectives = join(shard, device, directory)
-            link = StageLink(shard, device)
+            link = StageLink(shard, config.depth, device)
             runner = load_stage(
                 source, config, clock, shard, collectives, lambda n: smallest(n, device), compute=link.compute
             )
@@ -70,6 +70,7 @@ def main(shard: Shard, source: ModelSource, config: EngineConfig, directory: Pat
             shapes = tuple(runner.graphs.shapes) if runner.graphs else ()
             outgoing.put(Ready(rank, runner.config, runner.vocab_size, runner.attention_name, shapes))
             _serve(inbox, outgoing, runner, link)
+            link.close(runner)
     except Exception as error:  # whatever it is, the engine's process must hear of it
         outgoing.put(error)
         reporter.join(LAST_WORD_S)
@@ -84,7 +85,10 @@ def main(shard: Shard, source: ModelSource, config: EngineConfig, directory: Pat
 def _serve(inbox: "zmq.Socket[bytes]", outgoing: Outgoing, runner: ModelRunner, link: StageLink) -> None:
     """Compute until `STOP`. On CUDA all of a batch is enqueued, and nothing waited for."""
     while (message := inbox.recv()) != STOP:
-        outgoing.put(link.compute(runner, decode_step(message)))
+        if message == REST:
+            link.rest(runner)
+        else:
+            outgoing.put(link.compute(runner, decode_step(message)))
 
 
 def _device(source: ModelSource, rank: int) -> torch.device:
