@@ -147,11 +147,11 @@ def launch(state: State, rules: Rules) -> None:
     n_stages = len(state.stage_free_s)
     ring = (s.oldest + s.in_flight) % len(flight.samples)
     slots, context = flight.slots[ring], arrays.context
-    samples, handed_s = s.decodes, s.now_s
+    samples, handed_s, awaited = s.decodes, s.now_s, s.awaited == 1
     prompt_tokens, produced = state.requests.prompt_tokens, state.requests.produced
     for row in range(s.decodes):
         slot = plan.slots[row]
-        if s.awaited == 1 and context[slot] == prompt_tokens[slot] + produced[slot]:  # its token is in flight
+        if awaited and context[slot] == prompt_tokens[slot] + produced[slot]:  # its token is in flight
             handed_s = max(handed_s, flight.completed_s[s.oldest])
         context[slot] += 1
         slots[row] = slot

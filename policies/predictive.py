@@ -2,11 +2,13 @@
 
 import math
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from statistics import NormalDist
 from typing import TYPE_CHECKING, ClassVar
 
 from engine.protocol import Telemetry
-from envs.batch_choice import CROWDED, BatchChooser
+from envs.batch_choice import CROWDED, BatchChooser, Choice
 from envs.machine_speed import LEAST_NOISE, MachineSpeed, iteration_s
 from envs.outlook import Outlook, foresee
 from envs.slo import Slo
@@ -53,6 +55,12 @@ class Predictive:
     it must, and rises slowly, so that it rises and falls less often:
 
         limit <= before * (limit / before)^(1 / RISE)    before: what the microbatch before was allowed
+
+    Sizes are served in steps, of 128 tokens say, and each microbatch has decodes of its own: where a step more fits one
+    of them but not all, the others would wait for it at every turn. So of the largest size that fits and the largest
+    that takes no longer than `least` that one is taken whose time is nearer to it:
+
+        least = min over the pipeline's microbatches of the time of the largest size that fits each
     """
 
     RANGES: ClassVar = {"quantile": (0.5, 0.9999)}
@@ -70,6 +78,7 @@ class Predictive:
         self._log = IterationLog()
         self._stages = 1
         self._turns: deque[Outlook] = deque(maxlen=1)  # of each microbatch of the pipeline
+        self._largest_s: deque[float] = deque(maxlen=1)  # what the largest size takes that fits each of them
         self._before_s = math.inf  # allowed to the microbatch before
         in_force = (first.knobs.budget_tokens, first.knobs.chunk_tokens)
         under_way = first.dead_time_iterations - 1
@@ -108,7 +117,8 @@ class Predictive:
         if self._stages > 1:
             limit_s, why = self._level(limit_s, why, self._even_s(outlook))
         share, even = telemetry.kv_usage < CROWDED, self._stages > 1
-        budget, chunk, step_s = self._chooser.choose(outlook, limit_s, speed, share=share, even=even)
+        choose = partial(self._chooser.choose, outlook, speed=speed, share=share, even=even)
+        budget, chunk, step_s = self._alike(choose, limit_s, outlook) if even else choose(limit_s)
         least = bounds.min_budget_tokens
         machine = f"machine {self._speed.factors[1]:.2f}x its profile"
         return Decision(max(budget, least), max(chunk, least), f"predictive: {1e3 * step_s:.1f} ms, {why}; {machine}")
@@ -136,6 +146,17 @@ class Predictive:
             why = f"{1e3 * limit_s:.1f} for now, {why}"
         self._before_s = limit_s
         return limit_s, why
+
+    def _alike(self, choose: Callable[[float], Choice], limit_s: float, outlook: Outlook) -> Choice:
+        """Of the sizes within the limit the one that takes about as long as those of the other microbatches."""
+        largest = choose(limit_s)
+        filled = largest.budget_tokens - outlook.decodes < outlook.prompt_tokens
+        self._largest_s.append(largest.step_s if filled else limit_s)
+        least_s = min(self._largest_s)
+        if not filled or largest.step_s <= least_s:
+            return largest
+        smaller = choose(least_s)
+        return smaller if largest.step_s * smaller.step_s > least_s**2 else largest
 
     def _even_s(self, outlook: Outlook) -> float:
         """Mean seconds of a microbatch beside which the pipeline's others do not run out of prompts.
@@ -167,7 +188,7 @@ class Predictive:
         batch, _, measured, _ = iteration
         if measured.stages and len(measured.stages) != self._stages:
             self._stages = len(measured.stages)
-            self._turns = deque(self._turns, self._stages)
+            self._turns, self._largest_s = deque(self._turns, self._stages), deque(self._largest_s, self._stages)
         self._speed.observe(batch, iteration_s(measured))
         if measured.tbt_s and self._tbt_s is not None:
             late = sum(gap_s > self._tbt_s for gap_s in measured.tbt_s) if max(measured.tbt_s) > self._tbt_s else 0
