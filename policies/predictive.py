@@ -111,12 +111,12 @@ class Predictive:
         return outlook._replace(decodes=turn.decodes, decode_context_tokens=turn.decode_context_tokens)
 
     def _choose(self, telemetry: Telemetry, outlook: Outlook) -> Decision:
-        bounds, speed = telemetry.bounds, self._speed.speed
-        limited = outlook.decodes > 0 or self._stages > 1  # in a pipeline other microbatches' decodes wait behind it
+        bounds, speed, even = telemetry.bounds, self._speed.speed, self._stages > 1
+        limited = outlook.decodes > 0 or even  # in a pipeline other microbatches' decodes wait behind it
         limit_s, why = self._limit(telemetry, outlook) if limited else (math.inf, "nobody decodes, no limit")
-        if self._stages > 1:
+        if even:
             limit_s, why = self._level(limit_s, why, self._even_s(outlook))
-        share, even = telemetry.kv_usage < CROWDED, self._stages > 1
+        share = telemetry.kv_usage < CROWDED
         choose = partial(self._chooser.choose, outlook, speed=speed, share=share, even=even)
         budget, chunk, step_s = self._alike(choose, limit_s, outlook) if even else choose(limit_s)
         least = bounds.min_budget_tokens

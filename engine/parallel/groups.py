@@ -89,7 +89,7 @@ class StageLink:
     def __init__(self, shard: Shard, depth: int, device: torch.device) -> None:
         self._shard, self._device, self._depth = shard, device, depth
         self._before, self._after = rank_of(shard) - shard.tp_size, rank_of(shard) + shard.tp_size
-        self._first, self._last = shard.tp_rank, rank_of(shard) + (shard.pp_size - 1 - shard.pp_rank) * shard.tp_size
+        self._first, self._last = shard.tp_rank, (shard.pp_size - 1) * shard.tp_size + shard.tp_rank
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self._steps = 0
         self._due: deque[tuple[int, int]] = deque()  # (step, its tokens) that the first stage has yet to receive
@@ -105,7 +105,7 @@ class StageLink:
         if not self._shard.is_first:
             hidden = self._receive(len(step.token_ids), runner.model.hidden_size, runner.transformer.dtype)
         elif self._tokens is not None:
-            done = self._depth if step.in_flight else 1  # so many steps ago, what ran then is done
+            done = self._depth if step.in_flight else 1  # what ran so many steps ago is done, and its tokens are there
             self._receive_tokens(self._steps - (step.in_flight if step.has_unknown else done), runner.sampled)
             self._due.append((self._steps, len(step.sampled_rows)))
         self._steps += 1
