@@ -6,8 +6,8 @@ FOLDER is what gpu_serving wrote, FILE what `pacer profile` wrote: batches timed
 simulator gets the requests as they arrived, the engine's bounds and the budget; throughput, TTFT and TBT of ten draws
 of the noise stand beside what telemetry told. No GPU is needed.
 
-Mixed steps of one size took the longer, the busier an H200 was: 5 to 10 % longer than profiled at 16 req/s of
-conversation, 8 to 16 % at 24; decode-only steps 4 % at most, since they wait for memory, whose clock does not fall. A
+Mixed steps of one size took the longer, the busier an H200 was: 5 to 6 % longer than profiled at 16 req/s of
+conversation, 9 to 15 % at 24; decode-only steps 2 % at most, since they wait for memory, whose clock does not fall. A
 profile, whose batches pause between each other, cannot know how busy a run will keep the GPU. So each run has its
 speeds, the ratios of its measured to its predicted step times: the first table leaves them out, the second gives the
 simulator one number of each run, for all steps (as in `benchmarks.fidelity`), the third two, of decode-only and of
